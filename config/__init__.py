@@ -1,0 +1,474 @@
+"""
+How a run is set up and kept: everything that is mechanical and the same in every stage, so that a stage holds only
+its model, its data and its training step.
+
+    settings     override, read_settings          defaults < config files < --key=value, left to right
+    machine      pick_device, autocast
+    training     optimizers, set_lr, Clock        Muon + AdamW; progress by steps or minutes
+    keeping      save, load, open_run, Log        checkpoints, out/<run>/log.csv
+    pictures     plot, save_grid                  loss.png, grids of captioned images
+    the world    open_images, to_pixels, download
+
+A config file, config/<recipe>.py, is 10-20 lines of `name = value  # why`. It is parsed, never executed.
+"""
+
+import ast
+import contextlib
+import csv
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def fail(message):
+    """End the run with one line that says what to do, and exit status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def one_line_errors(main):
+    """Decorator of a script's main(): Ctrl-C and a file system that refuses end in one line, without a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            fail("\nstopped by hand; what was saved is kept (a training run goes on with --init_from=resume)")
+        except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+            fail(f"{e.filename}: {e.strerror}")
+        except OSError as e:
+            fail(f"{e.filename or 'the disk'}: {e.strerror}") if e.errno == 28 else fail(str(e))
+
+    return wrapped
+
+
+def read_settings(path):
+    """{name: (value, comment)} of the lines `name = value  # why` at the top level of a Python file; runs nothing.
+
+    Names are lower case and values literals; in a config file every other statement is an error.
+    """
+    source = Path(path).read_text(encoding="utf-8")
+    lines, found, is_config = source.splitlines(), {}, Path(path).parent.name == "config"
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as e:
+        fail(f"{path}, line {e.lineno}: {e.msg}")
+    for node in body:
+        try:
+            name, value = node.targets[0].id, ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            if is_config and not isinstance(getattr(node, "value", None), ast.Constant):  # not a docstring
+                fail(f"{path}, line {node.lineno}: a config file holds only lines of the form `name = value  # why`")
+            continue
+        if name.islower():
+            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2]
+            found[name] = (value, comment.strip())
+    return found
+
+
+def _cast(key, value, default, where):
+    """value as default's type; a string (of the command line) is read as a literal unless a string is expected."""
+    kind = type(default)
+    if isinstance(value, str) and kind is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        fail(f"{key} expects {kind.__name__} (such as {default!r}), not {value!r}  ({where})")
+    return value
+
+
+def override(stage, argv=None):
+    """Set a stage's settings from the command line and return them as a dict.
+
+    stage: the globals() of a script whose settings stand at its top as `name = value  # why`.
+    argv: config files (*.py) and --key=value, applied from left to right; None takes sys.argv[1:].
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    defaults = read_settings(stage["__file__"])
+    settings = {name: value for name, (value, _) in defaults.items()}
+    if "--help" in argv or "-h" in argv:
+        print(stage["__doc__"].strip(), "\n\nsettings (override with --name=value, or in a config file):")
+        for name, (value, comment) in defaults.items():
+            print(f"  --{name}={value!s:<24} {comment}")
+        raise SystemExit(0)
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            if not equals:
+                fail(f"{arg}: write --key=value")
+            changes, where = {key: text}, "command line"
+        elif arg.endswith(".py"):
+            if not Path(arg).is_file():
+                fail(f"{arg}: no such config file; there are {', '.join(map(str, sorted(Path('config').glob('[!_]*.py'))))}")
+            changes, where = {key: value for key, (value, _) in read_settings(arg).items()}, arg
+        else:
+            fail(f"{arg}: neither a config file (*.py) nor --key=value")
+        for key, value in changes.items():
+            if key not in settings:
+                near = difflib.get_close_matches(key, settings, 1)
+                hint = f"did you mean {near[0]}?" if near else "--help lists them"
+                fail(f"unknown setting {key} ({where}); {hint}")
+            settings[key] = _cast(key, value, defaults[key][0], where)
+            print(f"{key} = {settings[key]!r}  ({where})")
+    stage.update(settings)
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# machine
+
+
+def pick_device(device):
+    """"auto" takes cuda, else mps, else cpu; anything else is passed to torch."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        fail(f"device={device} is not to be had here; device=auto takes what there is")
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in dtype: "float32", "bfloat16", or "auto" (bfloat16 on CUDA alone)."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        fail(f"dtype={dtype}: auto, float32 or bfloat16")
+    bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def maybe_compile(model, wanted):
+    """torch.compile(model) where it is asked for and works; the model as it is, with a warning, where it does not."""
+    if not wanted:
+        return model
+    try:
+        return torch.compile(model)
+    except RuntimeError as e:
+        print(f"warning: torch.compile is not to be had here ({e}); going on without it")
+        return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def optimizers(model, muon_lr, adam_lr, weight_decay=0.0, betas=(0.9, 0.95)):
+    """[Muon, AdamW] over the parameters that train: Muon turns the momentum of each weight matrix inside the blocks
+    into its nearest semi-orthogonal matrix (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); embeddings,
+    positions, heads, convolutions, gains and biases take AdamW. muon_lr = 0 gives everything to AdamW."""
+    muon, decayed, plain = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if muon_lr and p.ndim == 2 and not any(part in name for part in ("embedding", "positions", "head.")):
+            muon.append(p)
+        else:
+            (decayed if p.ndim >= 2 else plain).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    made = [torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay)] if muon else []
+    made += [torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=betas, fused=True)]
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    return made
+
+
+def set_lr(made, factor):
+    """Put every learning rate at factor times its peak."""
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["lr"] = factor * group["peak_lr"]
+
+
+class Clock:
+    """Training time, evaluations not counted, and how far the run is: by steps or by minutes, whichever is further."""
+
+    def __init__(self, max_steps, max_minutes, seconds=0.0):
+        if max_steps <= 0 and max_minutes <= 0:
+            fail("a run needs an end: max_steps or max_minutes above 0")
+        self.max_steps, self.max_seconds, self.before, self.start = max_steps, 60 * max_minutes, seconds, time.time()
+
+    def seconds(self):
+        return self.before + time.time() - self.start
+
+    def progress(self, step):
+        """In [0, 1]; at 1 the run is over."""
+        by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
+        by_time = self.seconds() / self.max_seconds if self.max_seconds > 0 else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.time()
+        yield
+        self.start += time.time() - began
+
+
+def show_progress(text):
+    """Overwrite the last line of a terminal with text; says nothing where the output goes to a file."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# keeping
+
+
+def save(path, checkpoint):
+    """Write a checkpoint (tensors and plain values) to a temporary name and move it into place."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:
+        partial.unlink(missing_ok=True)
+        fail(f"could not write {path} (is the disk full?): {str(e).splitlines()[0]}")
+
+
+def load(path, train_with, device="cpu"):
+    """The checkpoint at path; train_with is the command that makes one, for the message when there is none."""
+    if not Path(path).is_file():
+        fail(f"no checkpoint {path} yet; train one first: {train_with}")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
+        fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
+
+
+def open_run(out_dir, init_from, settings, resume_with):
+    """Make out_dir ready and return the checkpoint to go on from: last.pt with init_from=resume, else None.
+
+    A run that starts anew renames the checkpoints that it finds to *.old.pt; a resumed one says which settings differ.
+    """
+    out_dir = Path(out_dir)
+    if init_from == "resume":
+        checkpoint = load(out_dir / "last.pt", resume_with)
+        for name, value in checkpoint["settings"].items():
+            if name in settings and settings[name] != value and name not in ("init_from", "out_dir"):
+                print(f"note: {name} is {settings[name]!r}, and was {value!r} when the run began")
+        print(f"going on from {out_dir / 'last.pt'}, step {checkpoint['step']}")
+        return checkpoint
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for old in [p for p in sorted(out_dir.glob("*.pt")) if not p.name.endswith(".old.pt")]:
+        old.rename(old.with_suffix(".old.pt"))
+        print(f"renamed {old} to {old.with_suffix('.old.pt').name}")
+    return None
+
+
+class Log:
+    """One printed line an interval, and the same as a row of out_dir/log.csv."""
+
+    def __init__(self, out_dir, columns, clock, resume=None):
+        """columns: the names of the numbers that write() may be given; resume: the checkpoint that the run goes on
+        from, whose later rows are dropped."""
+        self.path, self.clock = Path(out_dir) / "log.csv", clock
+        self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
+        self.last = (resume["step"] if resume else 0, clock.seconds())
+        rows = []
+        if resume and self.path.is_file():
+            with open(self.path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume["step"]]
+        with open(self.path, "w", newline="") as f:
+            csv.DictWriter(f, self.columns, restval="").writeheader()
+            csv.DictWriter(f, self.columns, restval="").writerows(rows)
+
+    def write(self, step, numbers, lr=None, items=None, unit=""):
+        """numbers: {column: float}; items: how many units (tokens, images) one step takes."""
+        text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
+        for name, value in numbers.items():
+            text.append(f"{name} {value:.4g}" if abs(value) < 1000 else f"{name} {value:.0f}")
+            row[name] = f"{value:.6g}"
+        if lr is not None:
+            (last_step, last_seconds), seconds = self.last, self.clock.seconds()
+            pace, self.last = (seconds - last_seconds) / max(1, step - last_step), (step, seconds)
+            done = self.clock.progress(step)
+            left = seconds * (1 - done) / done if done else 0
+            text.append(f"lr {lr:.1e}")
+            if step > last_step:
+                rate = items / pace
+                text += [f"{1000 * pace:.0f} ms/step", f"{rate / 1000:.1f}k {unit}/s" if rate > 9999 else f"{rate:.0f} {unit}/s"]
+                text += [f"{int(left) // 60}m{int(left) % 60:02d}s left"]
+                row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{rate:.1f}"}
+            row |= {"lr": f"{lr:.4e}"}
+        row["minutes"] = f"{self.clock.seconds() / 60:.3f}"
+        show_progress("")
+        print(" | ".join(text), flush=True)
+        with open(self.path, "a", newline="") as f:
+            csv.DictWriter(f, self.columns, restval="").writerow(row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def plot(out_dir, left=("train", "val"), right=(), ylabel="loss", name="loss.png"):
+    """Draw columns of out_dir/log.csv over the step into out_dir/name; the right ones have an axis of their own."""
+    import matplotlib
+    matplotlib.use("Agg")  # a file, never a window
+    import matplotlib.pyplot as plt
+    with open(Path(out_dir) / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axes = [(axis, column, "-") for column in left]
+    if right:
+        axes += [(second, column, "--") for second in [axis.twinx()] for column in right]
+        axes[-1][0].set_ylabel(", ".join(right))
+    for i, (a, column, style) in enumerate(axes):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            a.plot(*zip(*points), style, color=f"C{i}", label=column)
+    axis.set(xlabel="step", ylabel=ylabel, title=Path(out_dir).name)
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.88))
+    figure.tight_layout()
+    figure.savefig(Path(out_dir) / name, dpi=110)
+    plt.close(figure)
+
+
+def save_grid(path, images, titles, columns=4, width=34):
+    """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row."""
+    import textwrap
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = math.ceil(len(images) / columns)
+    wrapped = ["\n".join(textwrap.fill(line, width) for line in title.splitlines()) for title in titles]
+    deepest = max(text.count("\n") + 1 for text in wrapped)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, rows * (2.6 + 0.19 * deepest)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, text in zip(axes.flat, images, wrapped):
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
+        axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
+    figure.subplots_adjust(0.02, 0.19 * deepest / (rows * (2.6 + 0.19 * deepest)), 0.98, 0.99, 0.05, 0.22 * deepest / 2.6)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the world
+
+
+def to_pixels(image, size):
+    """A PIL image as a (3, size, size) uint8 tensor: turned upright, to RGB, resized without keeping the proportions
+    (the whole photo is seen, and training and inference see it alike)."""
+    import numpy as np
+    from PIL import Image, ImageOps
+    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+def open_images(where, size):
+    """[(name, (3, size, size) uint8)] of an image file, of each image in a folder, or of a URL."""
+    from PIL import Image, UnidentifiedImageError
+    if where.startswith(("http://", "https://")):
+        import requests
+        try:
+            reply = requests.get(where, timeout=30)
+            reply.raise_for_status()
+        except requests.RequestException as e:
+            fail(f"could not fetch {where} (no network?): {type(e).__name__}")
+        sources = [(where.rsplit("/", 1)[-1], io.BytesIO(reply.content))]
+    elif Path(where).is_dir():
+        endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+        sources = [(p.name, p) for p in sorted(Path(where).iterdir()) if p.suffix.lower() in endings]
+        if not sources:
+            fail(f"{where}: a folder without images ({', '.join(endings)})")
+    elif Path(where).is_file():
+        sources = [(Path(where).name, Path(where))]
+    else:
+        fail(f"{where}: no such image file or folder")
+    images = []
+    for name, source in sources:
+        try:
+            with Image.open(source) as image:
+                images.append((name, to_pixels(image, size)))
+        except (UnidentifiedImageError, OSError):
+            fail(f"{name}: not an image that Pillow can read")
+    return images
+
+
+def download(path, urls, md5=None):
+    """Fetch path from the first of urls that answers, resuming a partial file; a file already there is used as it is.
+
+    md5: the official checksum, or None where none is known. A download that differs is an error, a file that already
+    lay there and differs is used with one printed line.
+    """
+    path = Path(path)
+    if path.is_file():
+        if md5 and md5_of(path) != md5:
+            print(f"note: {path} lay here already and is not the official file (its md5 differs); using it as it is")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, problems = Path(f"{path}.partial"), []
+    for url in urls:
+        try:
+            _fetch(url, partial)
+        except OSError as e:  # requests' exceptions are OSErrors too
+            problems.append(f"{url} ({type(e).__name__})")
+            continue
+        if md5 and md5_of(partial) != md5:
+            partial.unlink()
+            problems.append(f"{url} (its md5 differs)")
+            continue
+        os.replace(partial, path)
+        return path
+    fail(f"could not download {path.name}; fetch it by hand and put it at {path}. Tried " + ", ".join(problems))
+
+
+def _fetch(url, partial):
+    """Append what is missing of url to the file partial."""
+    import requests
+    have = partial.stat().st_size if partial.is_file() else 0
+    with requests.get(url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as reply:
+        if reply.status_code == 416:  # nothing is missing
+            return
+        reply.raise_for_status()
+        have = have if reply.status_code == 206 else 0  # 200: the server sends it all again
+        total = have + int(reply.headers.get("Content-Length", 0))
+        with open(partial, "ab" if have else "wb") as f:
+            for chunk in reply.iter_content(1 << 20):
+                f.write(chunk)
+                have += len(chunk)
+                show_progress(f"{partial.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB")
+        show_progress("")
+        if have < total:
+            raise ConnectionError("the connection broke off")
+
+
+def save_array(path, array):
+    """np.save to a temporary name, then moved into place."""
+    import numpy as np
+    np.save(f"{path}.partial.npy", array)
+    os.replace(f"{path}.partial.npy", path)
+
+
+def save_json(path, value):
+    """json.dump to a temporary name, then moved into place."""
+    Path(f"{path}.partial").write_text(json.dumps(value), encoding="utf-8")
+    os.replace(f"{path}.partial", path)
+
+
+def load_data(path, prepare_with):
+    """The memory-mapped array (*.npy) or the value (*.json) at path; prepare_with is the command that makes it."""
+    import numpy as np
+    if not Path(path).is_file():
+        fail(f"no data at {path} yet; make it first: {prepare_with}")
+    return np.load(path, mmap_mode="r") if str(path).endswith(".npy") else json.loads(Path(path).read_text("utf-8"))
+
+
+def md5_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "md5").hexdigest()

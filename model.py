@@ -1,0 +1,847 @@
+"""
+Every part of a multimodal transformer, each built from the ones before it:
+
+    1. tokenizers      CharTokenizer, BPETokenizer
+    2. attention       scaled_dot_product_attention, KVCache, RotaryEmbedding, MultiHeadAttention; masks
+    3. layers          LayerNorm, RMSNorm, FeedForward, positions
+    4. blocks          EncoderBlock, DecoderBlock
+    5. stacks          TransformerEncoder, TransformerDecoder, Transformer (the encoder-decoder of 2017)
+    6. vision          PatchEmbedding, ViT
+    7. language        GPT
+    8. multimodal      connectors, MLLM
+
+Shapes: (B, T, C) = batch, time, channels; (B, N, C) for image tokens; (B, n_head, T, head_dim) inside attention.
+Masks are boolean, True = may attend, and broadcast to (B, n_head, Tq, Tk). A row that may attend nowhere gives zeros.
+"""
+
+import heapq
+import math
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. tokenizers
+
+
+class CharTokenizer:
+    """One id per character. The vocabulary is the set of characters of the text that it is made from, sorted."""
+
+    def __init__(self, text):
+        self.chars = "".join(sorted(set(text)))
+        self.ids = {c: i for i, c in enumerate(self.chars)}
+        self.vocab_size = len(self.chars)
+
+    def encode(self, text):
+        """str -> list of ids; ValueError names a character that the vocabulary lacks."""
+        unknown = next((c for c in text if c not in self.ids), None)
+        if unknown is not None:
+            raise ValueError(f"the character {unknown!r} is not in the vocabulary of this model")
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+    def state(self):
+        return {"kind": "char", "chars": self.chars}
+
+    @classmethod
+    def from_state(cls, state):
+        return cls(state["chars"])
+
+
+class BPETokenizer:
+    """Byte-pair encoding on UTF-8 bytes (Sennrich et al. 2016; byte-level as in GPT-2, Radford et al. 2019).
+
+    Ids 0-3 are pad, bos, eos and image, which encode() never returns and decode() leaves out, so that no typed text can
+    be taken for them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt.
+    """
+
+    pad_id, bos_id, eos_id, image_id = range(4)
+    n_special = 4
+    # text is cut into words (with the space before them), punctuation and white space; merges stay inside a piece
+    pieces = re.compile(r"'(?:s|t|re|ve|m|ll|d)\b| ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")
+
+    def __init__(self, merges):
+        """merges: [(left id, right id)], in the order in which they were learnt."""
+        self.merges = [tuple(pair) for pair in merges]
+        self.ranks = {pair: self.n_special + 256 + i for i, pair in enumerate(self.merges)}  # pair -> id of the pair
+        self.bytes = [b""] * self.n_special + [bytes([b]) for b in range(256)]
+        for left, right in self.merges:
+            self.bytes.append(self.bytes[left] + self.bytes[right])
+        self.vocab_size = len(self.bytes)
+        self.cache = {}
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Learn merges from an iterable of str until vocab_size ids exist, or no pair occurs twice."""
+        if vocab_size < cls.n_special + 256:
+            raise ValueError(f"vocab_size must be at least {cls.n_special + 256}: the special ids and every byte")
+        count = Counter(piece for text in texts for piece in cls.pieces.findall(text))
+        words = [([cls.n_special + b for b in piece.encode()], n) for piece, n in count.items()]
+        pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
+        for w, (ids, n) in enumerate(words):
+            for pair in zip(ids, ids[1:]):
+                pairs[pair] += n
+                where[pair].add(w)
+        heap = [(-n, pair) for pair, n in pairs.items()]
+        heapq.heapify(heap)
+        merges = []
+        while heap and cls.n_special + 256 + len(merges) < vocab_size:
+            n, pair = heapq.heappop(heap)
+            if pairs[pair] != -n:  # an outdated entry: the pair's count has changed since, and was pushed again
+                continue
+            if -n < 2:
+                break
+            new, changed = cls.n_special + 256 + len(merges), set()
+            merges.append(pair)
+            for w in where.pop(pair):
+                ids, n = words[w]
+                merged = cls._merge(ids, pair, new)
+                for old in zip(ids, ids[1:]):
+                    pairs[old] -= n
+                    changed.add(old)
+                for fresh in zip(merged, merged[1:]):
+                    pairs[fresh] += n
+                    where[fresh].add(w)
+                    changed.add(fresh)
+                words[w] = (merged, n)
+            for each in changed:
+                if pairs[each] > 0:
+                    heapq.heappush(heap, (-pairs[each], each))
+        return cls(merges)
+
+    @staticmethod
+    def _merge(ids, pair, new):
+        """ids with every occurrence of pair replaced by the id new."""
+        out, i = [], 0
+        while i < len(ids):
+            if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
+                out.append(new)
+                i += 2
+            else:
+                out.append(ids[i])
+                i += 1
+        return out
+
+    def _encode_piece(self, piece):
+        ids = [self.n_special + b for b in piece.encode("utf-8", "surrogatepass")]
+        while len(ids) > 1:
+            best = min(zip(ids, ids[1:]), key=lambda pair: self.ranks.get(pair, math.inf))  # the earliest learnt first
+            if best not in self.ranks:
+                break
+            ids = self._merge(ids, best, self.ranks[best])
+        return ids
+
+    def encode(self, text):
+        """str -> list of ids, none of them special."""
+        out = []
+        for piece in self.pieces.findall(text):
+            if piece not in self.cache:
+                self.cache[piece] = self._encode_piece(piece)
+            out += self.cache[piece]
+        return out
+
+    def decode(self, ids):
+        """ids -> str; special ids are left out, bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
+
+    def state(self):
+        return {"kind": "bpe", "merges": [list(pair) for pair in self.merges]}
+
+    @classmethod
+    def from_state(cls, state):
+        return cls(state["merges"])
+
+
+def tokenizer_from_state(state):
+    """The tokenizer whose state() this is."""
+    return {"char": CharTokenizer, "bpe": BPETokenizer}[state["kind"]].from_state(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. attention
+
+
+def padding_mask(ids, pad_id):
+    """(B, T) ids -> (B, 1, 1, T) mask, True at the tokens that are not padding."""
+    return (ids != pad_id)[:, None, None, :]
+
+
+def causal_mask(Tq, Tk, device=None):
+    """(Tq, Tk) mask in which a query sees the keys up to its own position; the last query sees the last key."""
+    return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
+
+
+def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
+    """softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017).
+
+    q: (..., Tq, head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk).
+    Returns the output (..., Tq, head_dim) and the weights (..., Tq, Tk) before dropout.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., Tq, Tk)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN where a row sees nothing
+    weights = scores.softmax(dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, 0.0)  # matters for the rows that see nothing alone
+    return F.dropout(weights, dropout_p, dropout_p > 0) @ v, weights
+
+
+class KVCache:
+    """The keys and values of one attention layer for the positions seen so far, in memory allocated once."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
+
+    def append(self, k, v):
+        """k, v: (B, n_head, T, head_dim) of the next T positions. Returns those of all positions so far."""
+        B, n_head, T, head_dim = k.shape
+        if self.k is None:
+            self.k, self.v = (t.new_empty(B, n_head, self.max_len, head_dim) for t in (k, v))
+        self.k[:, :, self.length:self.length + T] = k
+        self.v[:, :, self.length:self.length + T] = v
+        self.length += T
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions (RoFormer, Su et al. 2021): each pair of channels turns by an angle that grows with the position,
+    so that a query and a key see only how far they are apart. Channel i is paired with channel i + head_dim / 2."""
+
+    def __init__(self, head_dim, max_len, base=10000.0):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
+        angles = torch.outer(torch.arange(max_len).float(), base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
+        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+
+    def forward(self, x, start=0):
+        """x: (B, n_head, T, head_dim) at the positions start, start + 1, ..."""
+        T = x.size(-2)
+        cos, sin = self.cos[start:start + T].to(x.dtype), self.sin[start:start + T].to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-, cross- and cached attention in one class.
+
+    n_embd: channels in and out; rotary: a RotaryEmbedding for self-attention, or None; fused: run torch's kernel, which
+    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above.
+    """
+
+    def __init__(self, n_embd, n_head, dropout=0.0, bias=True, rotary=None, fused=True):
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
+        self.n_head, self.dropout, self.rotary, self.fused = n_head, dropout, rotary, fused
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # the three projections in one matrix product
+        self.proj = nn.Linear(n_embd, n_embd, bias=bias)
+
+    def _heads(self, x):
+        B, T, C = x.shape
+        return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, n_head, T, head_dim)
+
+    def forward(self, x, context=None, mask=None, causal=False, cache=None):
+        """x: (B, Tq, C); context: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend.
+
+        causal: a query sees the keys up to its own position. cache: a KVCache; for self-attention x continues what it
+        holds, for cross-attention it keeps the context's keys and values after the first call.
+        """
+        B, Tq, C = x.shape
+        if context is None:
+            q, k, v = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
+            if self.rotary is not None:
+                start = cache.length if cache is not None else 0
+                q, k = self.rotary(q, start), self.rotary(k, start)
+            if cache is not None:
+                k, v = cache.append(k, v)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = self._heads(F.linear(x, weight[:C], None if bias is None else bias[:C]))
+            if cache is not None and cache.length:
+                k, v = cache.k, cache.v
+            else:
+                kv = F.linear(context, weight[C:], None if bias is None else bias[C:])
+                k, v = (self._heads(t) for t in kv.chunk(2, dim=-1))
+                if cache is not None:
+                    k, v = cache.append(k, v)
+        Tk, dropout_p = k.size(2), self.dropout if self.training else 0.0
+        # the CPU's fused kernel is 2 to 4 times slower in bfloat16 than two plain matrix products
+        fused = self.fused and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
+        is_causal = causal and mask is None and Tq == Tk and fused  # the kernel has this one mask built in
+        if causal and not is_causal and Tq > 1:
+            allowed = causal_mask(Tq, Tk, x.device)
+            mask = allowed if mask is None else mask & allowed
+        if fused:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+            if mask is not None:  # kernels differ in what they make of a row that sees nothing
+                out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+        else:
+            out, _ = scaled_dot_product_attention(q, k, v, mask, dropout_p)
+        out = out.transpose(1, 2).reshape(B, Tq, C)  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
+        return self.proj(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. layers
+
+
+class LayerNorm(nn.Module):
+    """Mean 0 and variance 1 over the channels, then a gain and a shift (Ba et al. 2016)."""
+
+    def __init__(self, n_embd, eps=1e-5):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.zeros(n_embd)), eps
+
+    def forward(self, x):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        variance = centred.square().mean(dim=-1, keepdim=True)
+        return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+class RMSNorm(nn.Module):
+    """Root mean square 1 over the channels, then a gain; the mean stays (Zhang and Sennrich 2019)."""
+
+    def __init__(self, n_embd, eps=1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(n_embd)), eps
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
+
+
+def make_norm(kind, n_embd):
+    """kind: "layer" or "rms"."""
+    return {"layer": LayerNorm, "rms": RMSNorm}[kind](n_embd)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a nonlinearity between them, applied to each position alone.
+
+    activation: "relu" (2017), "gelu" (Hendrycks and Gimpel 2016), or "swiglu" (Shazeer 2020: the hidden channels are
+    gated by the SiLU of as many others; n_hidden is then cut to two thirds, which keeps the number of weights).
+    """
+
+    def __init__(self, n_embd, n_hidden=None, activation="gelu", dropout=0.0, bias=True):
+        super().__init__()
+        if activation not in ("relu", "gelu", "swiglu"):
+            raise ValueError(f"activation {activation!r}: relu, gelu or swiglu")
+        n_hidden, self.activation = n_hidden or 4 * n_embd, activation
+        if activation == "swiglu":
+            n_hidden = round(n_hidden * 2 / 3 / 8) * 8  # a multiple of 8 suits the hardware
+        self.up = nn.Linear(n_embd, 2 * n_hidden if activation == "swiglu" else n_hidden, bias=bias)
+        self.proj = nn.Linear(n_hidden, n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.relu(x) if self.activation == "relu" else F.gelu(x)
+        return self.dropout(self.proj(x))
+
+
+class SinusoidalPositionalEncoding(nn.Module):
+    """Adds sines and cosines of geometrically spaced wavelengths (Vaswani et al. 2017, section 3.5)."""
+
+    def __init__(self, n_embd, max_len):
+        super().__init__()
+        angles = torch.outer(torch.arange(max_len).float(), 10000.0 ** (-torch.arange(0, n_embd, 2).float() / n_embd))
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :n_embd]  # (max_len, n_embd)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x, start=0):
+        """x: (B, T, C) at the positions start, start + 1, ..."""
+        return x + self.table[start:start + x.size(1)]
+
+
+class LearnedPositionalEncoding(nn.Module):
+    """Adds one learnt vector per position."""
+
+    def __init__(self, n_embd, max_len):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(max_len, n_embd))
+
+    def forward(self, x, start=0):
+        """x: (B, T, C) at the positions start, start + 1, ..."""
+        return x + self.positions[start:start + x.size(1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. blocks (pre-norm: the residual stream itself is never normalised, Xiong et al. 2020)
+
+
+class EncoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None):
+        super().__init__()
+        self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
+        self.attn = MultiHeadAttention(n_embd, n_head, dropout, bias, rotary)
+        self.ff = FeedForward(n_embd, None, activation, dropout, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None):
+        """(B, T, C) -> (B, T, C)"""
+        x = x + self.dropout(self.attn(self.norm1(x), mask=mask))
+        return x + self.ff(self.norm2(x))
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, cross-attention to a memory (its weights exist only with cross=True), feed-forward."""
+
+    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None, cross=False):
+        super().__init__()
+        self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
+        self.attn = MultiHeadAttention(n_embd, n_head, dropout, bias, rotary)
+        self.cross_norm = make_norm(norm, n_embd) if cross else None
+        self.cross_attn = MultiHeadAttention(n_embd, n_head, dropout, bias) if cross else None
+        self.ff = FeedForward(n_embd, None, activation, dropout, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None):
+        """x: (B, T, C); memory: (B, Tm, C) where cross=True; cache: (KVCache of self-, KVCache of cross-attention)."""
+        self_cache, cross_cache = cache or (None, None)
+        x = x + self.dropout(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache))
+        if self.cross_attn is not None:
+            attended = self.cross_attn(self.cross_norm(x), context=memory, mask=memory_mask, cache=cross_cache)
+            x = x + self.dropout(attended)
+        return x + self.ff(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. stacks
+
+
+def init_weights(model, n_layer):
+    """The one place where weights get their first values: normal with deviation 0.02 (GPT-2), the projections back into
+    the residual stream smaller by sqrt(2 n_layer), because that many are added up; convolutions as in He et al. 2015;
+    biases 0. Gains are 1 from the start."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("proj") else 0.02)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, LearnedPositionalEncoding):
+            nn.init.normal_(module.positions, std=0.02)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class TransformerEncoder(nn.Module):
+    """n_layer encoder blocks and a last norm. block: what EncoderBlock takes beside n_embd and n_head."""
+
+    def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
+        super().__init__()
+        self.blocks = nn.ModuleList(EncoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer))
+        self.norm = make_norm(norm, n_embd)
+
+    def forward(self, x, mask=None):
+        """(B, T, C) -> (B, T, C)"""
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+
+class TransformerDecoder(nn.Module):
+    """n_layer decoder blocks and a last norm; always causal. block: what DecoderBlock takes beside n_embd and n_head."""
+
+    def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
+        super().__init__()
+        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer))
+        self.norm = make_norm(norm, n_embd)
+
+    def new_caches(self, max_len, memory_len=0):
+        """Empty caches for max_len positions, for forward(caches=...)."""
+        return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]
+
+    def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None):
+        """(B, T, C) -> (B, T, C); mask: further than causal, such as padding_mask(ids, pad_id)."""
+        for i, block in enumerate(self.blocks):
+            x = block(x, memory, mask, memory_mask, caches[i] if caches else None)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), with pre-norm blocks.
+
+    One embedding serves source, target and (transposed) the output layer, as in section 3.4 of the paper.
+    """
+
+    def __init__(self, vocab_size, n_layer=6, n_embd=512, n_head=8, max_len=512, pad_id=0, dropout=0.1):
+        super().__init__()
+        self.pad_id, self.n_embd, self.max_len = pad_id, n_embd, max_len
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.positions = SinusoidalPositionalEncoding(n_embd, max_len)
+        self.dropout = nn.Dropout(dropout)
+        self.encoder = TransformerEncoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout)
+        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout, cross=True)
+        init_weights(self, n_layer)
+        nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
+
+    def embed(self, ids, start=0):
+        return self.dropout(self.positions(self.embedding(ids) * math.sqrt(self.n_embd), start))
+
+    def encode(self, source):
+        """(B, Ts) ids -> (B, Ts, C) memory"""
+        return self.encoder(self.embed(source), padding_mask(source, self.pad_id))
+
+    def decode(self, target, memory, source, caches=None):
+        """(B, Tt) ids, what encode() made of source, and source -> (B, Tt, vocab_size) logits"""
+        start = caches[0][0].length if caches else 0
+        mask = None if caches else padding_mask(target, self.pad_id)
+        x = self.decoder(self.embed(target, start), memory, mask, padding_mask(source, self.pad_id), caches)
+        return F.linear(x, self.embedding.weight)
+
+    def forward(self, source, target):
+        """(B, Ts), (B, Tt) ids -> (B, Tt, vocab_size): at each position the logits of the token after it."""
+        return self.decode(target, self.encode(source), source)
+
+    @torch.no_grad()
+    def generate(self, source, bos_id, eos_id, max_new_tokens):
+        """Greedy, cached translation: (B, Ts) ids -> (B, T) ids, bos first, ended rows filled with eos_id."""
+        memory, caches = self.encode(source), self.decoder.new_caches(max_new_tokens, source.size(1))
+        out = torch.full((source.size(0), 1), bos_id, device=source.device)
+        ended = torch.zeros_like(out, dtype=torch.bool)
+        while out.size(1) <= max_new_tokens and not ended.all():
+            token = self.decode(out[:, -1:], memory, source, caches).argmax(dim=-1).masked_fill(ended, eos_id)  # (B, 1)
+            ended |= token == eos_id
+            out = torch.cat((out, token), dim=1)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. vision
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 64
+    patch_size: int = 8
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 192
+    n_classes: int = 10
+    dropout: float = 0.0
+    activation: str = "gelu"
+    norm: str = "layer"
+    stem: str = "conv"  # "patch": one linear layer a patch
+    label_smoothing: float = 0.0
+    pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
+    pixel_std: tuple = (63.0, 62.0, 65.0)
+
+
+class PatchEmbedding(nn.Module):
+    """Image to tokens: (B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row.
+
+    stem="patch": one linear map of each patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions of stride 2
+    down to one position a patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"): neighbouring
+    pixels belong together, and with little data it pays to build that in.
+    """
+
+    def __init__(self, patch_size, n_embd, stem="patch"):
+        super().__init__()
+        if stem not in ("patch", "conv"):
+            raise ValueError(f"stem {stem!r}: patch or conv")
+        if stem == "conv" and patch_size & (patch_size - 1):
+            raise ValueError(f"the convolutional stem halves the image again and again: patch_size={patch_size} is no power of 2")
+        self.patch_size = patch_size
+        if stem == "patch":
+            self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
+            return
+        layers, channels, stages = [], 3, patch_size.bit_length() - 1
+        for i in range(stages):
+            wider = n_embd // 2 ** (stages - 1 - i)
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.ReLU()]
+            channels = wider
+        self.stem = nn.Sequential(*layers, nn.Conv2d(channels, n_embd, 1))
+
+    def forward(self, images):
+        H, W = images.shape[-2:]
+        if H % self.patch_size or W % self.patch_size:
+            raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {self.patch_size}x{self.patch_size}")
+        return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C)
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2020) whose class logits come from the mean of the patch tokens.
+
+    Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised here, by buffers that travel with
+    the weights. Another size than config.image_size works: the positions are interpolated.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(1, 3, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(1, 3, 1, 1))
+        self.grid = c.image_size // c.patch_size
+        self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
+        self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
+        self.dropout = nn.Dropout(c.dropout)
+        self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
+                                          dropout=c.dropout)
+        self.head = nn.Linear(c.n_embd, c.n_classes)
+        init_weights(self, c.n_layer)
+
+    def _add_positions(self, x, H, W):
+        """x: (B, H * W, C), a grid of H x W patches."""
+        if H == W == self.grid:
+            return self.position(x)
+        table = self.position.positions.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
+        table = F.interpolate(table, (H, W), mode="bicubic", antialias=True)
+        return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
+
+    def features(self, images):
+        """(B, 3, H, W) pixels -> (B, N, C): one vector a patch, row by row."""
+        H, W = images.shape[-2:]
+        x = self.patches((images.float() - self.pixel_mean) / self.pixel_std)
+        x = self._add_positions(x, H // self.config.patch_size, W // self.config.patch_size)
+        return self.encoder(self.dropout(x))
+
+    def forward(self, images, labels=None):
+        """(B, 3, H, W) pixels, (B,) labels (-1 = ignored) -> (B, n_classes) logits, loss (None without labels)"""
+        logits = self.head(self.features(images).mean(dim=1))
+        if labels is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float(), labels, ignore_index=-1,
+                                       label_smoothing=self.config.label_smoothing if self.training else 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. language
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 4096
+    block_size: int = 128  # the longest sequence, image tokens included
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    activation: str = "gelu"
+    norm: str = "rms"
+    positions: str = "rotary"  # "learned", "sinusoidal"
+    bias: bool = False
+    tie_weights: bool = True  # the output layer is the token embedding, transposed
+
+
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: among the k likeliest alone. top_p:
+    among the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # of the likelier tokens together
+        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+class GPT(nn.Module):
+    """A decoder-only language model (Radford et al. 2018, 2019)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        rotary, self.position = None, nn.Identity()
+        if c.positions == "rotary":
+            rotary = RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
+        elif c.positions in ("learned", "sinusoidal"):
+            kind = LearnedPositionalEncoding if c.positions == "learned" else SinusoidalPositionalEncoding
+            self.position = kind(c.n_embd, c.block_size)
+        else:
+            raise ValueError(f"positions {c.positions!r}: rotary, learned or sinusoidal")
+        self.dropout = nn.Dropout(c.dropout)
+        self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
+                                          dropout=c.dropout, bias=c.bias, rotary=rotary)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_weights:
+            self.head.weight = self.embedding.weight
+        init_weights(self, c.n_layer)
+
+    def hidden(self, x, caches=None):
+        """(B, T, C) embeddings -> (B, T, C), ready for self.head; caches: of self.decoder.new_caches()."""
+        start = caches[0][0].length if caches else 0
+        if start + x.size(1) > self.config.block_size:
+            raise ValueError(f"{start + x.size(1)} positions do not fit block_size={self.config.block_size}")
+        if not isinstance(self.position, nn.Identity):
+            x = self.position(x, start)
+        return self.decoder(self.dropout(x), caches=caches)
+
+    def forward(self, ids, targets=None):
+        """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
+        logits = self.head(self.hidden(self.embedding(ids)))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None, x=None):
+        """Yields the next (B,) ids, one position at a time; what generate() takes, and x: embeddings of the prompt that
+        stand in for those of ids.
+
+        The cache serves as long as the text fits block_size. Then the newer half of it is read afresh into an empty
+        cache, so that the cost of a token stays bounded; the model forgets what came before that half.
+        """
+        block_size, was_training = self.config.block_size, self.training
+        self.eval()
+        try:
+            ended = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
+            caches = self.decoder.new_caches(block_size)
+            x = self.embedding(ids[:, -block_size:]) if x is None else x
+            for _ in range(max_new_tokens):
+                if caches[0][0].length + x.size(1) > block_size:
+                    caches, x = self.decoder.new_caches(block_size), self.embedding(ids[:, -(block_size // 2):])
+                logits = self.head(self.hidden(x, caches)[:, -1])  # (B, vocab_size)
+                token = sample_next(logits, temperature, top_k, top_p, generator)
+                if eos_id is not None:
+                    token = token.masked_fill(ended, eos_id)
+                    ended |= token == eos_id
+                yield token
+                if eos_id is not None and ended.all():
+                    return
+                ids, x = torch.cat((ids, token[:, None]), dim=1), self.embedding(token[:, None])
+        finally:
+            self.train(was_training)
+
+    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None):
+        """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: prompt and continuation.
+
+        temperature 0 is greedy. With eos_id a row ends at its first eos_id and is filled with it, and generation stops
+        when every row has ended.
+        """
+        tokens = list(self.stream(ids, max_new_tokens, temperature, top_k, top_p, eos_id, generator))
+        return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1) if tokens else ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. multimodal
+
+
+class LinearConnector(nn.Module):
+    """Vision channels to language channels by one matrix (LLaVA, Liu et al. 2023)."""
+
+    def __init__(self, n_vision, n_language):
+        super().__init__()
+        self.up = nn.Linear(n_vision, n_language)
+
+    def forward(self, x):
+        """(B, N, n_vision) -> (B, N, n_language)"""
+        return self.up(x)
+
+
+class MLPConnector(nn.Module):
+    """The same by two layers (LLaVA-1.5, Liu et al. 2024)."""
+
+    def __init__(self, n_vision, n_language):
+        super().__init__()
+        self.up, self.down = nn.Linear(n_vision, n_language), nn.Linear(n_language, n_language)
+
+    def forward(self, x):
+        """(B, N, n_vision) -> (B, N, n_language)"""
+        return self.down(F.gelu(self.up(x)))
+
+
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}
+
+
+@dataclass
+class MLLMConfig:
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    gpt: GPTConfig = field(default_factory=GPTConfig)
+    connector: str = "mlp"
+    image_id: int = BPETokenizer.image_id  # the placeholder; one stands for one image token
+    bos_id: int = BPETokenizer.bos_id
+    eos_id: int = BPETokenizer.eos_id
+
+    @classmethod
+    def from_dict(cls, d):
+        """Of dataclasses.asdict(config)."""
+        return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})
+
+
+class MLLM(nn.Module):
+    """ViT -> connector -> GPT, the image tokens standing in the text where the ids hold placeholders (image_id).
+
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens that encode() made, so that several captions of one image
+    share the work. The M * N tokens fill the placeholders of ids (B, T) row by row: one image a row, several, or none.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.connector not in CONNECTORS:
+            raise ValueError(f"connector {config.connector!r}: {', '.join(CONNECTORS)}")
+        self.config = config
+        self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
+        self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
+        init_weights(self.connector, 1)
+
+    def encode(self, images):
+        """(M, 3, H, W) pixels -> (M, N, n_embd of the GPT) image tokens"""
+        return self.connector(self.vit.features(images))
+
+    def embed(self, images, ids):
+        """-> (B, T, C): the embeddings of ids (B, T), image tokens in the place of the placeholders."""
+        tokens = images if images.dim() == 3 else self.encode(images)
+        x, mask = self.gpt.embedding(ids), ids == self.config.image_id  # (B, T, C), (B, T)
+        M, N, C = tokens.shape
+        if mask.sum() != M * N:
+            raise ValueError(f"{mask.sum()} placeholders for {M} images of {N} tokens each")
+        return x.masked_scatter(mask[:, :, None], tokens.to(x.dtype))
+
+    def prompt(self, n_rows, n_tokens, device=None):
+        """(n_rows, n_tokens + 1) ids that ask for a caption: placeholders of one image, then bos."""
+        ids = torch.full((n_rows, n_tokens + 1), self.config.image_id, device=device)
+        ids[:, -1] = self.config.bos_id
+        return ids
+
+    def forward(self, images, ids, targets=None):
+        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the logits of the
+        n positions that have one, (n, vocab_size), and the loss: the output layer is not run for image positions."""
+        x = self.gpt.hidden(self.embed(images, ids))
+        if targets is None:
+            return self.gpt.head(x), None
+        logits = self.gpt.head(x[targets >= 0])  # (n, vocab_size)
+        return logits, F.cross_entropy(logits.float(), targets[targets >= 0])
+
+    def log_probs(self, images, ids):
+        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0 and at placeholders."""
+        x = self.gpt.hidden(self.embed(images, ids))[:, :-1]
+        wanted = ids[:, 1:] != self.config.image_id  # (B, T - 1)
+        log_p = -F.cross_entropy(self.gpt.head(x[wanted]).float(), ids[:, 1:][wanted], reduction="none")  # (n,)
+        return F.pad(torch.zeros_like(wanted, dtype=log_p.dtype).masked_scatter(wanted, log_p), (1, 0))
+
+    @torch.no_grad()
+    def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None):
+        """Captions of images: (B, T) ids, the newly written tokens alone, each row filled with eos_id after its end.
+
+        ids: (B, T) prompts with placeholders; None asks for one caption an image. Greedy unless temperature > 0.
+        """
+        was_training = self.training
+        self.eval()
+        tokens = images if images.dim() == 3 else self.encode(images)
+        ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
+        max_new_tokens = min(max_new_tokens, self.config.gpt.block_size - ids.size(1) + 1)  # the last is not read again
+        new = self.gpt.stream(ids, max_new_tokens, temperature, top_k, top_p, self.config.eos_id, generator,
+                              x=self.embed(tokens, ids))
+        out = torch.stack(list(new), dim=1)
+        self.train(was_training)
+        return out

@@ -1,0 +1,54 @@
+"""
+CIFAR-10 -> data/cifar10/{train,test}_{images,labels}.npy: (50000 or 10000, 3, 32, 32) uint8 pixels and uint8 labels.
+
+    python prepare_cifar.py
+
+Reads the binary version of the archive (a label byte, then 1024 red, 1024 green and 1024 blue bytes an image), so that
+nothing needs to be unpickled.
+"""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+import config
+
+out_dir = "data/cifar10"  # where the download goes, and what vit.py reads
+
+URLS = ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/cifar-10-binary.tar.gz"]
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+RECORD = 1 + 3 * 32 * 32  # bytes
+
+
+def read_batch(tar, name):
+    """(labels (10000,), images (10000, 3, 32, 32)) of one member of the open archive."""
+    records = np.frombuffer(tar.extractfile(f"cifar-10-batches-bin/{name}").read(), dtype=np.uint8).reshape(-1, RECORD)
+    if len(records) != 10_000 or records[:, 0].max() > 9:
+        config.fail(f"{name} in the archive is not a batch of CIFAR-10; delete {out_dir}/cifar-10-binary.tar.gz and retry")
+    return records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
+
+
+@config.one_line_errors
+def main(argv=None):
+    config.override(globals(), argv)
+    out = Path(out_dir)
+    archive = config.download(out / "cifar-10-binary.tar.gz", URLS, MD5)
+    try:
+        with tarfile.open(archive) as tar:
+            classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
+            train = [read_batch(tar, f"data_batch_{i}.bin") for i in range(1, 6)]
+            test = [read_batch(tar, "test_batch.bin")]
+    except (tarfile.TarError, KeyError, EOFError, ValueError) as e:
+        config.fail(f"{archive} is broken ({e}); delete it and run this again")
+    for split, batches in (("train", train), ("test", test)):
+        labels, images = (np.concatenate(part) for part in zip(*batches))
+        config.save_array(out / f"{split}_labels.npy", labels)
+        config.save_array(out / f"{split}_images.npy", images)
+        print(f"{out}: {len(images):,} {split} images, per class {np.bincount(labels).tolist()}")
+    config.save_json(out / "classes.json", classes)
+
+
+if __name__ == "__main__":
+    main()

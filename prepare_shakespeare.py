@@ -1,0 +1,36 @@
+"""
+Tiny Shakespeare -> data/shakespeare/{train,val}.npy: 1,115,394 characters, one uint16 id each, cut 90/10 as nanoGPT does.
+
+    python prepare_shakespeare.py
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import config
+from model import CharTokenizer
+
+out_dir = "data/shakespeare"  # where the download goes, and what gpt.py reads
+
+URLS = ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt"]
+MD5 = "6fb458f1232090904fb40fe944165e91"
+
+
+@config.one_line_errors
+def main(argv=None):
+    config.override(globals(), argv)
+    out = Path(out_dir)
+    text = config.download(out / "input.txt", URLS, MD5).read_text(encoding="utf-8")
+    tokenizer = CharTokenizer(text)
+    ids = np.array(tokenizer.encode(text), dtype=np.uint16)
+    cut = len(text) * 9 // 10  # the play's last tenth is for validation: contiguous, so that no scene stands in both
+    config.save_array(out / "train.npy", ids[:cut])
+    config.save_array(out / "val.npy", ids[cut:])
+    config.save_json(out / "tokenizer.json", tokenizer.state())
+    print(f"{out}: {cut:,} characters to train on, {len(ids) - cut:,} to validate, {tokenizer.vocab_size} different ones")
+
+
+if __name__ == "__main__":
+    main()
