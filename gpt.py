@@ -1,0 +1,202 @@
+"""
+Stage 2: a GPT learns Tiny Shakespeare character by character, or the language of photo captions token by token.
+
+    python prepare_shakespeare.py && python gpt.py config/shakespeare_cpu.py
+    python gpt.py config/shakespeare_cpu.py --prompt="ROMEO:"
+    python prepare_flickr8k.py && python gpt.py config/captions_cpu.py      the language model that mllm.py starts from
+
+Settings are overridden from the left to the right by config files and --key=value; --help lists them. A run writes
+log.csv, loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+from model import GPT, GPTConfig, tokenizer_from_state
+
+# the run
+out_dir = "out/shakespeare"  # checkpoints, log and pictures
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt
+eval_only = False  # evaluate out_dir/best.pt and stop
+eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 on CUDA, else float32
+compile = False  # torch.compile: a minute at the start, faster steps on a GPU
+seed = 1337
+# data
+dataset = "shakespeare"  # the folder under data/: shakespeare (characters) or flickr8k (captions, BPE tokens)
+batch_size = 64  # windows a step
+block_size = 256  # tokens a window: the longest context
+# model
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2  # a million characters are soon known by heart
+activation = "gelu"  # relu, gelu or swiglu
+norm = "rms"  # or layer
+positions = "rotary"  # or learned, sinusoidal
+tie_weights = True  # one matrix embeds the tokens and scores them
+# optimization
+max_steps = 5000  # 0: max_minutes alone decides
+max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
+muon_lr = 0.01  # peak rate of the matrices inside the blocks; 0: AdamW for all
+adam_lr = 2e-3  # peak rate of everything else
+weight_decay = 0.1
+warmup_steps = 50
+cooldown = 0.6  # the last part of the run, in which the rate falls to zero in a straight line
+grad_clip = 1.0  # largest norm of the gradient; 0: none
+eval_interval = 250  # steps between lines of the log, each with the loss over the whole validation split
+# sampling
+prompt = ""  # continue this text and stop; \n in it is a line break
+max_new_tokens = 500
+num_samples = 1
+temperature = 0.8  # 0: always the likeliest token
+top_k = 0  # sample among the k likeliest tokens alone; 0: among all
+top_p = 1.0  # sample among the fewest tokens that together have this probability
+
+
+def load_split(split):
+    """(n,) int64: the token ids of a split."""
+    prepare = f"python prepare_{dataset}.py"
+    return torch.from_numpy(config.load_data(f"data/{dataset}/{split}.npy", prepare).astype(np.int64))
+
+
+def get_batch(ids):
+    """Random windows of ids: inputs and targets (batch_size, block_size), the targets one token further."""
+    starts = torch.randint(len(ids) - block_size, (batch_size,))
+    windows = ids[starts[:, None] + torch.arange(block_size + 1)]  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(model, ids, block_size, batch_size, dev, context):
+    """Mean loss in nats a token over all of ids, in consecutive windows of block_size."""
+    model.eval()
+    n = (len(ids) - 1) // block_size * block_size
+    inputs, targets = ids[:n].view(-1, block_size), ids[1:n + 1].view(-1, block_size)
+    batches = list(zip(inputs.split(batch_size), targets.split(batch_size)))
+    if n < len(ids) - 1:  # the rest, as one shorter window
+        batches.append((ids[None, n:-1], ids[None, n + 1:]))
+    total = 0.0
+    for x, y in batches:
+        with context:
+            total += model(x.to(dev), y.to(dev))[1].item() * y.numel()
+    model.train()
+    return total / (len(ids) - 1)
+
+
+def lr_factor(step, progress):
+    """The rates' share of their peaks: a linear warm-up, a plateau, then a straight line to zero at progress 1."""
+    return min(1.0, (step + 1) / max(1, warmup_steps), (1.0 - progress) / max(cooldown, 1e-8))
+
+
+def write_text(model, tokenizer, text, dev, generator):
+    """Continue text, print it as it is written, and return it with its continuation."""
+    begin = [tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []
+    try:
+        ids = begin + tokenizer.encode(text)
+    except ValueError as e:
+        config.fail(f"--prompt: {e}")
+    print(text, end="", flush=True)
+    written, shown = [], 0
+    for token in model.stream(torch.tensor([ids], device=dev), max_new_tokens, temperature, top_k, top_p,
+                              getattr(tokenizer, "eos_id", None), generator):
+        written.append(token.item())
+        new = tokenizer.decode(written)
+        if not new.endswith("\ufffd"):  # else a character whose last bytes are still to come
+            print(new[shown:], end="", flush=True)
+            shown = len(new)
+    print()
+    return text + tokenizer.decode(written)
+
+
+@config.one_line_errors
+def main(argv=None):
+    settings = config.override(globals(), argv)
+    dev, out, train_with = config.pick_device(device), Path(out_dir), "python gpt.py (with the same config)"
+    context = config.autocast(dev, dtype)
+    sampler = torch.Generator(dev).manual_seed(seed)
+
+    if prompt or eval_only:  # use what a run has learnt
+        checkpoint = config.load(out / "best.pt", train_with, dev)
+        model, tokenizer = GPT(GPTConfig(**checkpoint["config"])).to(dev), tokenizer_from_state(checkpoint["tokenizer"])
+        model.load_state_dict(checkpoint["model"])
+        if eval_only:
+            loss = evaluate(model, load_split(eval_split), model.config.block_size, batch_size, dev, context)
+            print(f"{out / 'best.pt'}, step {checkpoint['step']}: {eval_split} loss {loss:.4f}")
+            return
+        for _ in range(num_samples):
+            write_text(model, tokenizer, prompt.replace("\\n", "\n"), dev, sampler)
+            print("-" * 40)
+        return
+
+    train_ids, val_ids = load_split("train").to(dev), load_split("val")
+    tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", f"python prepare_{dataset}.py"))
+    resumed = config.open_run(out, init_from, settings, train_with)
+    torch.manual_seed(seed)
+    model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
+                             positions, tie_weights=tie_weights)
+    model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config).to(dev)
+    made = config.optimizers(model, muon_lr, adam_lr, weight_decay)
+    start, best = 0, math.inf
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        for optimizer, state in zip(made, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
+        start, best = resumed["step"], resumed["best"]
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    log = config.Log(out, ["train", "val"], clock, resumed)
+    print(f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
+    run_model = config.maybe_compile(model, compile)
+
+    step, losses = start, []
+    while True:
+        progress = clock.progress(step)
+        factor = lr_factor(step, progress)
+        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1:
+            with clock.paused():
+                val = evaluate(model, val_ids, model.config.block_size, batch_size, dev, context)
+                numbers = {"train": float(np.mean(losses)), "val": val} if losses else {"val": val}
+                log.write(step, numbers, factor * adam_lr, batch_size * block_size, "tok")
+                losses = []
+                is_best, best = val < best, min(val, best)
+                checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
+                              "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
+                              "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds()}
+                config.save(out / "last.pt", checkpoint)
+                if is_best:
+                    config.save(out / "best.pt", checkpoint)
+        if progress == 1:
+            break
+        torch.manual_seed(seed * 1_000_003 + step)  # batch and dropout depend on the step alone, so that resuming is exact
+        x, y = get_batch(train_ids)
+        with context:
+            _, loss = run_model(x, y)
+        loss.backward()
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        config.set_lr(made, factor)
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            config.fail(f"the loss is {losses[-1]} at step {step}; {out / 'last.pt'} is the last good checkpoint")
+        step += 1
+        config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
+
+    config.plot(out)
+    model.load_state_dict(config.load(out / "best.pt", train_with, dev)["model"])
+    text = write_text(model, tokenizer, "" if hasattr(tokenizer, "bos_id") else "\n", dev, sampler)
+    (out / "sample.txt").write_text(text, encoding="utf-8")
+    print(f"best validation loss {best:.4f} after {clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, sample.txt")
+
+
+if __name__ == "__main__":
+    main()
