@@ -38,7 +38,7 @@ n_head = 6
 n_embd = 384
 dropout = 0.2  # a million characters are soon known by heart
 activation = "gelu"  # relu, gelu or swiglu
-norm = "rms"  # or layer
+norm = "layer"  # or rms
 positions = "rotary"  # or learned, sinusoidal
 tie_weights = True  # one matrix embeds the tokens and scores them
 # optimization

@@ -294,16 +294,18 @@ class MultiHeadAttention(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Mean 0 and variance 1 over the channels, then a gain and a shift (Ba et al. 2016)."""
+    """(x - mean) / sqrt(variance + eps) over the channels, then a gain and a shift (Ba et al. 2016).
+
+    Run by torch's kernel, which reads x once: written out in torch operations, as RMSNorm below, it is the same to
+    rounding (tested), but the norms then take a quarter of a small ViT's training step on a CPU.
+    """
 
     def __init__(self, n_embd, eps=1e-5):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.zeros(n_embd)), eps
 
     def forward(self, x):
-        centred = x - x.mean(dim=-1, keepdim=True)
-        variance = centred.square().mean(dim=-1, keepdim=True)
-        return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):

@@ -1,0 +1,243 @@
+"""
+Stage 1: a vision transformer learns CIFAR-10.
+
+    python prepare_cifar.py && python vit.py config/cifar_cpu.py
+    python vit.py config/cifar_cpu.py --image=cat.jpg
+
+Settings are overridden from the left to the right by config files and --key=value; --help lists them. A run writes
+log.csv, loss.png, confusion.png and the checkpoints best.pt and last.pt to out_dir. The best checkpoint is chosen on 5,000
+images held out from the 50,000; the 10,000 test images are read once, at the end.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import config
+from model import ViT, ViTConfig
+
+# the run
+out_dir = "out/cifar"  # checkpoints, log and pictures
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt
+eval_only = False  # evaluate out_dir/best.pt and stop
+eval_split = "val"  # what eval_only evaluates: val or test
+image = ""  # classify this file, folder or URL and stop
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 on CUDA, else float32
+compile = False  # torch.compile: a minute at the start, faster steps on a GPU
+seed = 1337
+# data
+n_val = 5000  # images held out from the training set
+batch_size = 256
+image_size = 64  # CIFAR's 32 pixels doubled: the stem's first convolution has stride 2, and stage 3 sees 64x64 photos
+shift = 4  # training images move by up to so many of their 32 pixels, and half of them are mirrored
+# model
+patch_size = 8  # of the doubled pixels: 8x8 tokens an image
+n_layer = 6
+n_head = 6
+n_embd = 192
+dropout = 0.0
+activation = "gelu"  # relu, gelu or swiglu
+norm = "layer"  # or rms
+stem = "conv"  # or patch: one linear layer a patch, as in the ViT paper; needs far more data
+label_smoothing = 0.1
+# optimization
+max_steps = 20000  # 0: max_minutes alone decides
+max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
+muon_lr = 0.02  # peak rate of the matrices inside the blocks; 0: AdamW for all
+adam_lr = 2e-3  # peak rate of everything else
+weight_decay = 0.05
+warmup_steps = 100
+cooldown = 0.8  # the last part of the run, in which the rate falls to zero in a straight line
+grad_clip = 1.0  # largest norm of the gradient; 0: none
+eval_interval = 250  # steps between lines of the log
+
+
+def load_cifar():
+    """{split: (images (n, 3, 32, 32) uint8, labels (n,) int64)} of train, val and test; the names of the classes."""
+    read = lambda name: config.load_data(f"data/cifar10/{name}", "python prepare_cifar.py")
+    array = lambda name: torch.from_numpy(np.array(read(name)))
+    images, labels = array("train_images.npy"), array("train_labels.npy").long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # the same split in every run
+    val, train = order[:n_val], order[n_val:]
+    return {"train": (images[train], labels[train]), "val": (images[val], labels[val]),
+            "test": (array("test_images.npy"), array("test_labels.npy").long())}, read("classes.json")
+
+
+def augment(images, shift):
+    """(B, 3, H, W) uint8: each image moved by up to shift pixels either way (what comes in is black), half mirrored."""
+    B, _, H, W = images.shape
+    padded = F.pad(images, (shift,) * 4)
+    top, left = torch.randint(2 * shift + 1, (2, B))
+    rows, columns = top[:, None] + torch.arange(H), left[:, None] + torch.arange(W)  # (B, H), (B, W)
+    mirrored = torch.rand(B) < 0.5
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    index = (torch.arange(B)[:, None, None], slice(None), rows[:, :, None], columns[:, None, :])
+    return padded[tuple(i.to(images.device) if torch.is_tensor(i) else i for i in index)].permute(0, 3, 1, 2)
+
+
+def resize(images, size):
+    """(B, 3, H, W) -> (B, 3, size, size) float, still 0 to 255; channels last, which convolutions on CPUs prefer."""
+    images = images.float().contiguous(memory_format=torch.channels_last)
+    return images if images.size(-1) == size else F.interpolate(images, (size, size), mode="bilinear")
+
+
+@torch.no_grad()
+def predict(model, images, dev, context, batch_size=500):
+    """(n, 3, H, W) -> (n, n_classes) float32 logits, on the CPU"""
+    model.eval()
+    with context:
+        logits = [model(resize(batch.to(dev), model.config.image_size))[0].float().cpu()
+                  for batch in images.split(batch_size)]
+    model.train()
+    return torch.cat(logits)
+
+
+def evaluate(model, images, labels, dev, context):
+    """(loss, accuracy, confusion): confusion[i, j] counts the images of class i that were taken for class j."""
+    logits = predict(model, images, dev, context)
+    confusion = torch.zeros(logits.size(1), logits.size(1), dtype=torch.long)
+    confusion.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
+    return F.cross_entropy(logits, labels).item(), confusion.trace().item() / len(labels), confusion
+
+
+def lr_factor(step, progress):
+    """The rates' share of their peaks: a linear warm-up, a plateau, then a straight line to zero at progress 1."""
+    return min(1.0, (step + 1) / max(1, warmup_steps), (1.0 - progress) / max(cooldown, 1e-8))
+
+
+def report(confusion, classes, path):
+    """Print the accuracy of each class and draw the confusion matrix."""
+    share = confusion / confusion.sum(dim=1, keepdim=True)
+    print("per class: " + ", ".join(f"{name} {100 * share[i, i]:.1f}%" for i, name in enumerate(classes)))
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(7, 6))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(confusion.tolist()):
+        for j, count in enumerate(row):
+            axis.text(j, i, count, ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black")
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="what the model says", ylabel="what it is")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def classify(model, classes, where, out, dev, context):
+    """Print the five likeliest classes of the images at where, and draw them beside each."""
+    photos = config.open_images(where, 256)  # for the picture; the model sees image_size pixels
+    inputs = torch.stack([pixels for _, pixels in config.open_images(where, model.config.image_size)])
+    titles = []
+    for (name, _), logits in zip(photos, predict(model, inputs, dev, context)):
+        top = logits.softmax(dim=0).topk(min(5, len(classes)))
+        lines = [f"{classes[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())]
+        print(f"{name}: " + ", ".join(lines))
+        titles.append("\n".join([name, *lines]))
+    config.save_grid(out / "classified.png", [pixels for _, pixels in photos], titles, min(4, len(photos)))
+
+
+@config.one_line_errors
+def main(argv=None):
+    settings = config.override(globals(), argv)
+    dev, out, train_with = config.pick_device(device), Path(out_dir), "python vit.py (with the same config)"
+    context = config.autocast(dev, dtype)
+
+    if image or eval_only:  # use what a run has learnt
+        checkpoint = config.load(out / "best.pt", train_with, dev)
+        model = ViT(ViTConfig(**checkpoint["config"])).to(dev)
+        model.load_state_dict(checkpoint["model"])
+        if image:
+            classify(model, checkpoint["classes"], image, out, dev, context)
+            return
+        data, classes = load_cifar()
+        if eval_split not in data:
+            config.fail(f"eval_split={eval_split}: {', '.join(data)}")
+        loss, accuracy, confusion = evaluate(model, *data[eval_split], dev, context)
+        print(f"{out / 'best.pt'}, step {checkpoint['step']}: {eval_split} loss {loss:.4f}, accuracy {100 * accuracy:.2f}%")
+        report(confusion, classes, out / "confusion.png")
+        return
+
+    data, classes = load_cifar()
+    images, labels = (t.to(dev) for t in data["train"])
+    resumed = config.open_run(out, init_from, settings, train_with)
+    torch.manual_seed(seed)
+    pixels = images.float()
+    model_config = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(classes), dropout, activation, norm, stem,
+                             label_smoothing, tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
+                             tuple(pixels.std(dim=(0, 2, 3)).tolist()))
+    del pixels
+    model = ViT(ViTConfig(**resumed["config"]) if resumed else model_config)
+    model = model.to(dev, memory_format=torch.channels_last)
+    made = config.optimizers(model, muon_lr, adam_lr, weight_decay)
+    start, best = 0, 0.0
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        for optimizer, state in zip(made, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
+        start, best = resumed["step"], resumed["best"]
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    log = config.Log(out, ["train", "val", "val_accuracy", "test_accuracy"], clock, resumed)
+    print(f"{len(images):,} images to train on, {n_val:,} to validate; "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
+    run_model = config.maybe_compile(model, compile)
+
+    step, losses = start, []
+    steps_per_epoch = len(images) // batch_size
+    while True:
+        progress = clock.progress(step)
+        factor = lr_factor(step, progress)
+        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1:
+            with clock.paused():
+                val, accuracy, _ = evaluate(model, *data["val"], dev, context)
+                numbers = {"train": float(np.mean(losses))} if losses else {}
+                log.write(step, numbers | {"val": val, "val_accuracy": 100 * accuracy}, factor * adam_lr, batch_size, "img")
+                losses = []
+                is_best, best = accuracy > best, max(accuracy, best)
+                checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
+                              "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
+                              "classes": classes, "best": best, "seconds": clock.seconds()}
+                config.save(out / "last.pt", checkpoint)
+                if is_best:
+                    config.save(out / "best.pt", checkpoint)
+        if progress == 1:
+            break
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or step == start:  # each image once an epoch, in an order that depends on the epoch alone
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        torch.manual_seed(seed * 1_000_003 + step)  # augmentation and dropout depend on the step alone: resuming is exact
+        batch = order[position * batch_size:(position + 1) * batch_size].to(dev)
+        x = resize(augment(images[batch], shift), model.config.image_size)
+        with context:
+            _, loss = run_model(x, labels[batch])
+        loss.backward()
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        config.set_lr(made, factor)
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            config.fail(f"the loss is {losses[-1]} at step {step}; {out / 'last.pt'} is the last good checkpoint")
+        step += 1
+        config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
+
+    config.plot(out, right=("val_accuracy",))
+    model.load_state_dict(config.load(out / "best.pt", train_with, dev)["model"])
+    _, accuracy, confusion = evaluate(model, *data["test"], dev, context)
+    log.write(step, {"test_accuracy": 100 * accuracy})
+    report(confusion, classes, out / "confusion.png")
+    print(f"validation accuracy {100 * best:.2f}%, test accuracy {100 * accuracy:.2f}% "
+          f"after {clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png")
+
+
+if __name__ == "__main__":
+    main()
