@@ -62,7 +62,7 @@ top_p = 1.0  # sample among the fewest tokens that together have this probabilit
 
 def load_split(split):
     """(n,) int64: the token ids of a split."""
-    prepare = f"python prepare_{dataset}.py"
+    prepare = f"python prepare_{'shakespeare' if dataset == 'shakespeare' else 'flickr8k'}.py"
     return torch.from_numpy(config.load_data(f"data/{dataset}/{split}.npy", prepare).astype(np.int64))
 
 

@@ -795,6 +795,7 @@ class MLLM(nn.Module):
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
         init_weights(self.connector, 1)
+        self.vit.head = nn.Identity()  # a captioner needs features, not classes
 
     def encode(self, images):
         """(M, 3, H, W) pixels -> (M, N, n_embd of the GPT) image tokens"""

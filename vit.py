@@ -68,18 +68,6 @@ def load_cifar():
             "test": (array("test_images.npy"), array("test_labels.npy").long())}, read("classes.json")
 
 
-def augment(images, shift):
-    """(B, 3, H, W) uint8: each image moved by up to shift pixels either way (what comes in is black), half mirrored."""
-    B, _, H, W = images.shape
-    padded = F.pad(images, (shift,) * 4)
-    top, left = torch.randint(2 * shift + 1, (2, B))
-    rows, columns = top[:, None] + torch.arange(H), left[:, None] + torch.arange(W)  # (B, H), (B, W)
-    mirrored = torch.rand(B) < 0.5
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    index = (torch.arange(B)[:, None, None], slice(None), rows[:, :, None], columns[:, None, :])
-    return padded[tuple(i.to(images.device) if torch.is_tensor(i) else i for i in index)].permute(0, 3, 1, 2)
-
-
 def resize(images, size):
     """(B, 3, H, W) -> (B, 3, size, size) float, still 0 to 255; channels last, which convolutions on CPUs prefer."""
     images = images.float().contiguous(memory_format=torch.channels_last)
@@ -214,9 +202,9 @@ def main(argv=None):
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         torch.manual_seed(seed * 1_000_003 + step)  # augmentation and dropout depend on the step alone: resuming is exact
         batch = order[position * batch_size:(position + 1) * batch_size].to(dev)
-        x = resize(augment(images[batch], shift), model.config.image_size)
+        x = config.shift_and_mirror(images[batch], shift, torch.rand(batch_size) < 0.5)
         with context:
-            _, loss = run_model(x, labels[batch])
+            _, loss = run_model(resize(x, model.config.image_size), labels[batch])
         loss.backward()
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)

@@ -215,6 +215,18 @@ class Clock:
         self.start += time.time() - began
 
 
+def shift_and_mirror(images, shift, mirrored):
+    """(B, 3, H, W) images, each moved by up to shift pixels in both directions (what comes in is black) and, where the
+    (B,) booleans say so, mirrored. Draws from torch's global generator."""
+    B, _, H, W = images.shape
+    padded = torch.nn.functional.pad(images, (shift,) * 4)
+    top, left = torch.randint(2 * shift + 1, (2, B))
+    rows, columns = top[:, None] + torch.arange(H), left[:, None] + torch.arange(W)  # (B, H), (B, W)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    each, rows, columns = (i.to(images.device) for i in (torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]))
+    return padded[each, :, rows, columns].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+
+
 def show_progress(text):
     """Overwrite the last line of a terminal with text; says nothing where the output goes to a file."""
     if sys.stdout.isatty():
@@ -288,6 +300,10 @@ class Log:
         """numbers: {column: float}; items: how many units (tokens, images) one step takes."""
         text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
         for name, value in numbers.items():
+            if isinstance(value, str):
+                text.append(f"{name} {value}")
+                row[name] = value
+                continue
             text.append(f"{name} {value:.4g}" if abs(value) < 1000 else f"{name} {value:.0f}")
             row[name] = f"{value:.6g}"
         if lr is not None:

@@ -1,0 +1,514 @@
+"""
+Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and writes a caption.
+
+    python mllm.py                                      drawn shapes: no download, three minutes on two CPU cores
+    python mllm.py --image=photo.png                    caption a picture with what that run has learnt
+    python prepare_flickr8k.py && python gpt.py config/captions_cpu.py && python mllm.py config/flickr8k_cpu.py
+
+Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2 left
+them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config files
+and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt, sft.pt (the
+best validation CIDEr, which scst.py starts from) and last.pt to out_dir.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+from model import MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, tokenizer_from_state
+
+# the run
+out_dir = "out/shapes"  # checkpoints, log and pictures
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt
+eval_only = False  # evaluate out_dir/sft.pt and stop
+eval_split = "val"  # what eval_only evaluates: val or test
+image = ""  # caption this file, folder or URL and stop
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 on CUDA, else float32
+compile = False  # torch.compile: a minute at the start, faster steps on a GPU
+seed = 1337
+# data
+dataset = "shapes"  # drawn here; or the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
+n_drawn = 10000  # images to draw: 500 to validate, 500 to test, the rest to train on
+image_size = 64  # pixels a side that the model sees
+shift = 0  # training photos move by up to so many pixels; 0 where a caption says in which part a shape lies
+mirror = False  # mirror half of the training photos, unless a caption says left or right
+batch_size = 64  # photos a step
+captions_per_photo = 1  # captions a photo in a step: its image tokens are computed once
+max_tokens = 40  # longest caption
+# model: a checkpoint brings its own architecture
+vit_ckpt = ""  # checkpoint of stage 1 to start from; empty: from nothing
+gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
+connector = "mlp"  # or linear
+patch_size = 8
+vit_layer = 3
+vit_head = 4
+vit_embd = 128
+stem = "conv"  # or patch
+gpt_layer = 3
+gpt_head = 4
+gpt_embd = 128
+dropout = 0.0  # in the ViT and the GPT
+# optimization
+align_share = 0.0  # of the run is for the phase align; 0 where ViT and GPT start from nothing: there is nothing to align
+train_vit = True  # the phase sft trains the ViT too
+max_steps = 0  # 0: max_minutes alone decides
+max_minutes = 2.0  # 0: max_steps alone decides; else whichever comes first
+muon_lr = 0.02  # peak rate of the matrices inside the blocks; 0: AdamW for all
+adam_lr = 2e-3  # peak rate of everything else
+weight_decay = 0.05
+warmup_steps = 50
+cooldown = 0.8  # the last part of a phase, in which the rate falls to zero in a straight line
+grad_clip = 1.0  # largest norm of the gradient; 0: none
+eval_interval = 200  # steps between lines of the log, each with validation loss and CIDEr
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawn shapes
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 215, 50),
+           "purple": (150, 60, 190), "orange": (240, 140, 30)}
+SHAPES, SIZES = ("circle", "square", "triangle", "star", "cross"), ("small", "large")
+PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
+WORDINGS = {  # {0} is the first shape and {1} its place; {2} and {3} are those of the second
+    1: ("a {0} in the {1}", "there is a {0} at the {1}", "the {1} holds a {0}", "one {0} , {1}", "i see a {0} in the {1}"),
+    2: ("a {0} in the {1} and a {2} in the {3}", "there is a {0} at the {1} and a {2} at the {3}",
+        "the {1} holds a {0} and the {3} a {2}", "one {0} , {1} , and one {2} , {3}",
+        "i see a {0} in the {1} and a {2} in the {3}")}
+
+
+def draw_scene(shapes, size, rng):
+    """[(size, colour, shape, place)] -> (3, size, size) uint8, each shape somewhere near the middle of its place."""
+    from PIL import Image, ImageDraw
+    s = 4 * size  # drawn four times as large, then reduced: smooth edges
+    grey = int(rng.integers(0, 80))
+    picture = Image.new("RGB", (s, s), (grey, grey, grey + int(rng.integers(0, 20))))
+    draw = ImageDraw.Draw(picture)
+    for how_large, colour, shape, place in shapes:
+        row, column = divmod(PLACES.index(place), 3)
+        x, y = s * (2 * np.array([column, row]) + 1) / 6 + rng.uniform(-0.035, 0.035, 2) * s
+        r = s * (0.075 if how_large == "small" else 0.135) * rng.uniform(0.9, 1.1)
+        fill = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.integers(-15, 16, 3), 0, 255))
+        if shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif shape == "square":
+            draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
+        elif shape == "cross":
+            draw.rectangle((x - r, y - 0.32 * r, x + r, y + 0.32 * r), fill)
+            draw.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill)
+        else:  # a polygon around the middle; the star's corners lie in and out by turns
+            radii = (1.1, 1.1, 1.1) if shape == "triangle" else (1.15, 0.48) * 5
+            angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
+            draw.polygon([(x + r * q * math.sin(a), y - r * q * math.cos(a)) for q, a in zip(radii, angles)], fill)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
+
+
+def draw_shapes(n, size, seed):
+    """n images of one or two shapes, (n, 3, size, size) uint8, and five differently worded captions of each."""
+    rng, images, captions = np.random.default_rng(seed), np.empty((n, 3, size, size), np.uint8), []
+    choose = lambda options: options[rng.integers(len(options))]
+    for i in range(n):
+        places = rng.permutation(len(PLACES))[:rng.integers(1, 3)]
+        shapes = [(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in sorted(places)]
+        images[i] = draw_scene(shapes, size, rng)
+        words = [text for *what, place in shapes for text in (" ".join(what), place)]
+        captions.append([wording.format(*words) for wording in WORDINGS[len(shapes)]])
+    return images, captions
+
+
+def attributes(caption):
+    """The set of (size, colour, shape, place) that a caption of a drawn image speaks of."""
+    things = re.findall(f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption)
+    places = re.findall("|".join(PLACES), caption)
+    return {(*thing, place) for thing, place in zip(things, places)} if len(things) == len(places) else set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def load_captioned(dataset, image_size, n_drawn):
+    """Images with captions, as a dict: images (n, 3, image_size, image_size) uint8, names and captions (lists of n),
+    splits {train, val, test: indices}, tokenizer."""
+    if dataset == "shapes":
+        images, captions = draw_shapes(n_drawn, image_size, seed=0)
+        order = range(n_drawn)
+        splits = {"train": order[1000:], "val": order[:500], "test": order[500:1000]}
+        tokenizer = BPETokenizer.train((c for i in splits["train"] for c in captions[i]), 400)
+        names = [f"drawn image {i}" for i in order]
+    else:
+        prepare = f"python prepare_flickr8k.py" + ("" if dataset == "flickr8k" else f" --source=DIR --out_dir=data/{dataset}")
+        images = np.array(config.load_data(f"data/{dataset}/images.npy", prepare))
+        if images.shape[-1] != image_size:
+            config.fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
+                        f"run {prepare} --size={image_size}")
+        table = config.load_data(f"data/{dataset}/captions.json", prepare)
+        names, captions, splits = table["names"], table["captions"], table["splits"]
+        tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", prepare))
+    return {"images": torch.from_numpy(images), "names": names, "captions": captions,
+            "splits": {split: list(indices) for split, indices in splits.items()}, "tokenizer": tokenizer}
+
+
+def make_sequences(captions, n_image_tokens, tokenizer, max_tokens):
+    """Captions -> inputs, targets (B, T): <image> placeholders, bos, the caption, eos; -1 where there is no target."""
+    ids = [tokenizer.encode(caption)[:max_tokens - 1] + [tokenizer.eos_id] for caption in captions]
+    T = n_image_tokens + max(map(len, ids))
+    inputs, targets = torch.full((len(ids), T), tokenizer.pad_id), torch.full((len(ids), T), -1)
+    inputs[:, :n_image_tokens], inputs[:, n_image_tokens] = tokenizer.image_id, tokenizer.bos_id
+    for i, row in enumerate(ids):
+        inputs[i, n_image_tokens + 1:n_image_tokens + len(row)] = torch.tensor(row[:-1], dtype=torch.long)
+        targets[i, n_image_tokens:n_image_tokens + len(row)] = torch.tensor(row)
+    return inputs, targets
+
+
+def get_batch(data, photos, n_image_tokens):
+    """images (B, 3, H, W), and inputs, targets (B * captions_per_photo, T): random captions of each, photo by photo."""
+    picked = [[data["captions"][p][c] for c in torch.randperm(len(data["captions"][p]))[:captions_per_photo]]
+              for p in photos]
+    may_mirror = torch.tensor([mirror and not any(re.search(r"\b(left|right)\b", c) for c in each) for each in picked])
+    images = config.shift_and_mirror(data["images"][photos], shift, may_mirror & (torch.rand(len(photos)) < 0.5))
+    return images, *make_sequences([c for each in picked for c in each], n_image_tokens, data["tokenizer"], max_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+
+def words_of(text):
+    """The words of a caption as the PTB tokenizer of the COCO caption evaluation cuts them: lower case, contractions
+    split (do n't, dog 's), hyphenated words whole, punctuation dropped. It differs in what hardly occurs in captions:
+    abbreviations lose their last full stop, and brackets are dropped where COCO's leaves -lrb- and -rrb-."""
+    text = re.sub(r"\bcannot\b", "can not", text.lower().replace("’", "'"))
+    text = re.sub(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text)
+    return re.findall(r"(?<!\S)(?:n't|'(?:s|m|d|re|ve|ll))\b|[^\W_]+(?:[-./,'][^\W_]+)*|[&$%#@+=*/]", text)
+
+
+def count_ngrams(words, n):
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(candidates, references):
+    """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
+
+    candidates: list of str; references: a list of str for each candidate.
+    """
+    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for candidate, refs in zip(candidates, references, strict=True):
+        words, refs = words_of(candidate), [words_of(ref) for ref in refs]
+        length += len(words)
+        reference_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
+        for n in range(1, 5):
+            allowed = Counter()
+            for ref in refs:
+                allowed |= count_ngrams(ref, n)  # the largest count in any one reference
+            counts = count_ngrams(words, n)
+            matched[n - 1] += (counts & allowed).total()
+            total[n - 1] += counts.total()
+    brevity = min(1.0, math.exp(1 - reference_length / length)) if length else 0.0
+    precisions = [m / t if t else 0.0 for m, t in zip(matched, total)]
+    return [brevity * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
+
+
+def document_frequencies(references):
+    """references: for each image a list of word lists -> ({ngram: in how many images' references it occurs}, images)"""
+    df = Counter()
+    for refs in references:
+        df.update({ngram for ref in refs for n in range(1, 5) for ngram in count_ngrams(ref, n)})
+    return df, len(references)
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
+
+    references: for each image a list of word lists. df: what document_frequencies() gives; None counts these references.
+    """
+
+    sigma = 6.0
+
+    def __init__(self, references, df=None):
+        self.df, n_images = df or document_frequencies(references)
+        self.log_images = math.log(max(1, n_images))
+        self.references = [[self._vectors(ref) for ref in refs] for refs in references]
+
+    def _vectors(self, words):
+        """Per n: {ngram: count * idf} and its norm; then the number of bigrams, which stands for the length."""
+        vectors = []
+        for n in range(1, 5):
+            vector = {ngram: count * (self.log_images - math.log(max(1, self.df.get(ngram, 0))))
+                      for ngram, count in count_ngrams(words, n).items()}
+            vectors.append((vector, math.sqrt(sum(v * v for v in vector.values()))))
+        return vectors, max(0, len(words) - 1)
+
+    def score(self, words, image):
+        """The score of a word list against the references of the image with that index, 0 to 10."""
+        vectors, length = self._vectors(words)
+        total = 0.0
+        for ref_vectors, ref_length in self.references[image]:
+            penalty = math.exp(-((length - ref_length) ** 2) / (2 * self.sigma ** 2))
+            for (vector, norm), (ref, ref_norm) in zip(vectors, ref_vectors):
+                if norm and ref_norm:
+                    overlap = sum(min(v, ref[ngram]) * ref[ngram] for ngram, v in vector.items() if ngram in ref)
+                    total += penalty * overlap / (norm * ref_norm)
+        return 10.0 * total / (4 * len(self.references[image]))
+
+
+def cider(candidates, references, df=None):
+    """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's).
+
+    candidates: list of str; references: a list of str for each candidate. A caption that is its only reference scores
+    10 (if no other image's references share its words). df: document_frequencies() of other references than these.
+    """
+    assert len(candidates) == len(references), "one list of references for each candidate"
+    scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
+    scores = np.array([scorer.score(words_of(c), i) for i, c in enumerate(candidates)])
+    return float(scores.mean()), scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation and schedule
+
+
+@torch.no_grad()
+def write_captions(model, images, tokenizer, max_tokens, dev, context, batch_size=250):
+    """Greedy captions of images (n, 3, H, W): a list of n str."""
+    captions = []
+    for batch in images.split(batch_size):
+        with context:
+            ids = model.generate(batch.to(dev), max_new_tokens=max_tokens)
+        captions += [tokenizer.decode(row) for row in ids.tolist()]
+        config.show_progress(f"captioning {len(captions)}/{len(images)}")
+    return captions
+
+
+def caption_scores(captions, references):
+    """{name: value} of what is reported about captions of photos; CIDEr and BLEU times 100, as papers print them.
+
+    shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a model
+    does not look. distinct: the share of captions that differ from all others.
+    """
+    cider_df = document_frequencies([[words_of(ref) for ref in refs] for refs in references])
+    shuffled = [cider(captions, references[k:] + references[:k], cider_df)[0] for k in range(1, 6)]
+    return {"cider": 100 * cider(captions, references, cider_df)[0],
+            **{f"bleu{n}": 100 * score for n, score in enumerate(bleu(captions, references), 1)},
+            "shuffled": 100 * float(np.mean(shuffled)),
+            "length": float(np.mean([len(words_of(c)) for c in captions])),
+            "distinct": 100 * len(set(captions)) / len(captions)}
+
+
+@torch.no_grad()
+def caption_loss(model, data, split, max_tokens, dev, context, batch_size=250):
+    """Mean loss in nats a token, of one caption a photo (the first of the first photo, the second of the second, ...)."""
+    model.eval()
+    total, count, photos = 0.0, 0, data["splits"][split]
+    for first in range(0, len(photos), batch_size):
+        some = photos[first:first + batch_size]
+        captions = [data["captions"][p][(first + i) % len(data["captions"][p])] for i, p in enumerate(some)]
+        with context:
+            tokens = model.encode(data["images"][some].to(dev))
+            inputs, targets = make_sequences(captions, tokens.size(1), data["tokenizer"], max_tokens)
+            loss = model(tokens, inputs.to(dev), targets.to(dev))[1]
+        total, count = total + loss.item() * (targets >= 0).sum().item(), count + (targets >= 0).sum().item()
+    model.train()
+    return total / count
+
+
+def evaluate(model, data, split, max_tokens, dev, context):
+    """(scores, captions) of a split: those of caption_scores(), and for drawn shapes the share of captions in which every
+    attribute is right."""
+    photos = data["splits"][split]
+    captions = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context)
+    references = [data["captions"][p] for p in photos]
+    scores = caption_scores(captions, references)
+    if data["names"][0].startswith("drawn"):
+        scores["all_right"] = 100 * float(np.mean([attributes(c) == attributes(r[0]) for c, r in zip(captions, references)]))
+    return scores, captions
+
+
+def lr_factor(phase_step, phase_progress):
+    """The rates' share of their peaks: a linear warm-up, a plateau, then a straight line to zero at progress 1."""
+    return min(1.0, (phase_step + 1) / max(1, warmup_steps), (1.0 - phase_progress) / max(cooldown, 1e-8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+def build_model(tokenizer):
+    """A new MLLM, its ViT and GPT taken from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
+    vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
+    gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
+    origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}
+    if vit_ckpt:
+        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py")
+        vit_config = dataclasses.replace(ViTConfig(**loaded["vit"]["config"]), dropout=dropout)
+    if gpt_ckpt:
+        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py")
+        if loaded["gpt"]["tokenizer"] != tokenizer.state():
+            config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on these captions")
+        gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
+        if gpt_config.positions == "learned":
+            config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; train it with positions=rotary")
+    n_image_tokens = (image_size // vit_config.patch_size) ** 2
+    gpt_config = dataclasses.replace(gpt_config, block_size=n_image_tokens + max_tokens)
+    model = MLLM(MLLMConfig(vit_config, gpt_config, connector))
+    for part, checkpoint in loaded.items():
+        weights = {name: w for name, w in checkpoint["model"].items() if part == "gpt" or not name.startswith("head.")}
+        getattr(model, part).load_state_dict(weights)
+        origin[part] = {"vit": vit_ckpt, "gpt": gpt_ckpt}[part] + f", step {checkpoint['step']}"
+    return model, origin
+
+
+def start_phase(model, phase):
+    """Freeze what the phase does not train, say so, and return its optimizers."""
+    trains = {"vit": phase == "sft" and train_vit, "connector": True, "gpt": phase == "sft"}
+    for part, train in trains.items():
+        getattr(model, part).requires_grad_(train)
+    frozen = [part for part, train in trains.items() if not train]
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
+    return config.optimizers(model, muon_lr, adam_lr, weight_decay)
+
+
+def load_captioner(path, train_with, dev):
+    """(model, tokenizer, checkpoint) of a file that this stage or scst.py saved."""
+    checkpoint = config.load(path, train_with, dev)
+    model = MLLM(MLLMConfig.from_dict(checkpoint["config"])).to(dev)
+    model.load_state_dict(checkpoint["model"])
+    return model, tokenizer_from_state(checkpoint["tokenizer"]), checkpoint
+
+
+def caption_files(path, train_with, where, out, dev, context):
+    """Print the captions of the images at where, and draw them."""
+    model, tokenizer, checkpoint = load_captioner(path, train_with, dev)
+    photos = config.open_images(where, 256)  # for the picture; the model sees the pixels of its own size
+    inputs = torch.stack([pixels for _, pixels in config.open_images(where, checkpoint["image_transform"]["size"])])
+    captions = write_captions(model, inputs, tokenizer, checkpoint["settings"]["max_tokens"], dev, context)
+    for (name, _), caption in zip(photos, captions):
+        print(f"{name}: {caption}")
+    config.save_grid(out / "captioned.png", [pixels for _, pixels in photos], captions, min(4, len(photos)))
+
+
+@config.one_line_errors
+def main(argv=None):
+    settings = config.override(globals(), argv)
+    dev, out, train_with = config.pick_device(device), Path(out_dir), "python mllm.py (with the same config)"
+    context = config.autocast(dev, dtype)
+    if image:
+        caption_files(out / "sft.pt", train_with, image, out, dev, context)
+        return
+
+    data = load_captioned(dataset, image_size, n_drawn)
+    tokenizer, splits = data["tokenizer"], data["splits"]
+    if eval_only:
+        if eval_split not in splits:
+            config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
+        model, _, checkpoint = load_captioner(out / "sft.pt", train_with, dev)
+        scores, _ = evaluate(model, data, eval_split, max_tokens, dev, context)
+        print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
+              + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+        return
+
+    resumed = config.open_run(out, init_from, settings, train_with)
+    torch.manual_seed(seed)
+    if resumed:
+        model = MLLM(MLLMConfig.from_dict(resumed["config"]))
+        model.load_state_dict(resumed["model"])
+        origin = dict.fromkeys(("vit", "connector", "gpt"), out / "last.pt")
+    else:
+        model, origin = build_model(tokenizer)
+    model = model.to(dev, memory_format=torch.channels_last)
+    n_image_tokens = (image_size // model.config.vit.patch_size) ** 2
+    print(f"{dataset}: " + ", ".join(f"{len(photos):,} photos to {split}" for split, photos in splits.items())
+          + f"; {n_image_tokens} image tokens each; on {dev}")
+    for part, where in origin.items():
+        print(f"{part:<9} {sum(p.numel() for p in getattr(model, part).parameters()):>10,} parameters, {where}")
+
+    start, best, phase, phase_start, phase_from, made = 0, {"align": math.inf, "sft": -1.0}, None, 0, 0.0, []
+    if resumed:
+        start, best = resumed["step"], resumed["best"]
+        phase, phase_start, phase_from = resumed["phase"]
+        made = start_phase(model, phase)
+        for optimizer, state in zip(made, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    columns = ["phase", "train", "val", "val_cider", "val_bleu4", "val_shuffled", "val_all_right",
+               "test_cider", *(f"test_bleu{n}" for n in range(1, 5)), "test_shuffled", "test_all_right"]
+    log = config.Log(out, columns, clock, resumed)
+    run_model = config.maybe_compile(model, compile)
+    shown = splits["val"][:12]  # the photos of captions.png, the same at every evaluation
+
+    step, losses = start, []
+    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
+    while True:
+        progress = clock.progress(step)
+        switch = phase != ("align" if progress < align_share else "sft")
+        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1 or (switch and phase):
+            with clock.paused():
+                numbers = {"phase": phase or "start", "train": float(np.mean(losses))} if losses else {"phase": "start"}
+                numbers["val"] = caption_loss(model, data, "val", max_tokens, dev, context)
+                if phase == "sft":
+                    scores, captions = evaluate(model, data, "val", max_tokens, dev, context)
+                    numbers |= {f"val_{name}": value for name, value in scores.items() if f"val_{name}" in columns}
+                    config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
+                log.write(step, numbers, factor * adam_lr if made else None, batch_size * captions_per_photo, "captions")
+                losses = []
+                score = scores["cider"] if phase == "sft" else -numbers["val"]
+                is_best = phase and score > best[phase]
+                if is_best:
+                    best[phase] = score
+                checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
+                              "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
+                              "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds(),
+                              "phase": (phase, phase_start, phase_from), "image_transform": {"size": image_size}}
+                if phase:
+                    config.save(out / "last.pt", checkpoint)
+                if is_best:
+                    config.save(out / f"{phase}.pt", checkpoint)
+        if progress == 1:
+            break
+        if switch:
+            phase, phase_start, phase_from = ("align" if progress < align_share else "sft"), step, progress
+            made = start_phase(model, phase)
+        phase_end = align_share if phase == "align" else 1.0
+        factor = lr_factor(step - phase_start, (progress - phase_from) / (phase_end - phase_from))
+
+        epoch, position = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        torch.manual_seed(seed * 1_000_003 + step)  # captions, augmentation and dropout depend on the step alone
+        photos = [splits["train"][i] for i in order[position * batch_size:(position + 1) * batch_size]]
+        images, inputs, targets = get_batch(data, photos, n_image_tokens)
+        with context:
+            tokens = model.encode(images.to(dev)).repeat_interleave(captions_per_photo, dim=0)
+            _, loss = run_model(tokens, inputs.to(dev), targets.to(dev))
+        loss.backward()
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        config.set_lr(made, factor)
+        for optimizer in made:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            config.fail(f"the loss is {losses[-1]} at step {step}; {out / 'last.pt'} is the last good checkpoint")
+        step += 1
+        config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
+
+    config.plot(out, right=("val_cider",))
+    model.load_state_dict(config.load(out / "sft.pt", train_with, dev)["model"])
+    scores, _ = evaluate(model, data, "test", max_tokens, dev, context)
+    log.write(step, {f"test_{name}": value for name, value in scores.items() if f"test_{name}" in columns})
+    print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+    print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, {scores['cider']:.2f} against its own")
+    if "all_right" in scores:
+        print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
+    print(f"best validation CIDEr {best['sft']:.2f} after {clock.seconds() / 60:.1f} minutes of training; "
+          f"wrote {out}/captions.png, loss.png, sft.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""
+Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, the official splits, and a tokenizer.
+
+    python prepare_flickr8k.py                                       6,000 / 1,000 / 1,000 photos of 64x64 pixels
+    python prepare_flickr8k.py --source=DIR --out_dir=data/mine      your own: DIR/*.jpg (or DIR/Images) and DIR/captions.txt,
+                                                                     a line `image,caption` each; split 80/10/10 by photo
+
+Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
+each split; tokenizer.json, a BPE trained on the training captions; and {train,val,test}.npy, the captions as one stream
+of token ids for gpt.py. Captions are stored as the model is to say them: lower case, without the full stop at the end.
+"""
+
+import csv
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import config
+from model import BPETokenizer
+
+out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
+source = ""  # a folder of your own photos with a captions.txt; empty: Flickr8k
+size = 64  # pixels a side; photos are squeezed to squares
+vocab_size = 4096  # of the tokenizer, special ids and bytes included
+
+# The publisher's own address, the second, does not always answer; no official checksum is known, so the CRCs inside the
+# zips and the counts stand in for one.
+MIRRORS = ["https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/",
+           "http://nlp.cs.illinois.edu/HockenmaierGroup/Framing_Image_Description/"]
+SPLITS = {"train": ("Flickr_8k.trainImages.txt", 6000), "val": ("Flickr_8k.devImages.txt", 1000),
+          "test": ("Flickr_8k.testImages.txt", 1000)}
+
+
+def clean(caption):
+    """The caption as the model is to say it: lower case, single spaces, no full stop at the end."""
+    return " ".join(caption.lower().split()).rstrip(" .")
+
+
+def read_flickr8k(out):
+    """{photo: captions}, {split: photos}, and a function that opens a photo by its name."""
+    texts, photos = (zipfile.ZipFile(config.download(out / name, [mirror + name for mirror in MIRRORS]))
+                     for name in ("Flickr8k_text.zip", "Flickr8k_Dataset.zip"))
+    paths = {path.rsplit("/", 1)[-1]: path for path in photos.namelist()
+             if path.endswith(".jpg") and not path.startswith("__MACOSX")}
+    captions = {}
+    for line in texts.read("Flickr8k.token.txt").decode("utf-8").splitlines():
+        name, caption = line.split("\t")
+        captions.setdefault(name.split("#")[0], []).append(clean(caption))  # one name, ...jpg.1, has no photo
+    splits = {split: texts.read(name).decode().split() for split, (name, _) in SPLITS.items()}
+    if len(paths) != 8091 or any(len(splits[split]) != n for split, (_, n) in SPLITS.items()):
+        config.fail(f"the archives in {out} are not Flickr8k (8,091 photos, 6,000/1,000/1,000 in the splits); delete them and retry")
+    return captions, splits, lambda name: Image.open(photos.open(paths[name]))  # open() checks the CRC at the end of the file
+
+
+def read_folder(folder):
+    """The same of a person's own folder; the splits are drawn by photo, with a fixed seed."""
+    file = folder / "captions.txt"
+    if not file.is_file():
+        config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}")
+    captions = {}
+    with open(file, newline="", encoding="utf-8") as f:
+        for row in csv.reader(f, skipinitialspace=True):
+            if len(row) >= 2 and row[:2] != ["image", "caption"]:
+                captions.setdefault(row[0], []).append(clean(",".join(row[1:])))
+    images = folder / "Images" if (folder / "Images").is_dir() else folder
+    for name in captions:
+        if not (images / name).is_file():
+            config.fail(f"{file} speaks of {name}, which is not in {images}")
+    names = sorted(captions)
+    random.Random(0).shuffle(names)
+    tenth = len(names) // 10
+    if tenth == 0:
+        config.fail(f"{file}: {len(names)} images are too few to split; at least 10")
+    splits = {"train": names[2 * tenth:], "val": names[:tenth], "test": names[tenth:2 * tenth]}
+    return captions, splits, lambda name: Image.open(images / name)
+
+
+@config.one_line_errors
+def main(argv=None):
+    config.override(globals(), argv)
+    out = Path(out_dir)
+    try:
+        captions, splits, open_photo = read_folder(Path(source)) if source else read_flickr8k(out)
+    except (zipfile.BadZipFile, KeyError, EOFError) as e:
+        config.fail(f"an archive in {out} is broken ({e}); delete it and run this again")
+    out.mkdir(parents=True, exist_ok=True)
+    names = [name for split in splits.values() for name in split]
+    images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
+    for i, name in enumerate(names):
+        try:
+            images[i] = config.to_pixels(open_photo(name), size).numpy()
+        except (OSError, KeyError, zipfile.BadZipFile) as e:
+            config.fail(f"{name} cannot be read as an image ({e})")
+        if i % 100 == 0:
+            config.show_progress(f"packing photo {i}/{len(names)}")
+    config.show_progress("")
+    config.save_array(out / "images.npy", images)
+
+    index = {name: i for i, name in enumerate(names)}
+    tokenizer = BPETokenizer.train((c for name in splits["train"] for c in captions[name]), vocab_size)
+    for split, photos in splits.items():  # shuffled: in the stream no caption stands beside another of its photo
+        texts = [c for name in photos for c in captions[name]]
+        random.Random(0).shuffle(texts)
+        ids = [i for c in texts for i in (tokenizer.bos_id, *tokenizer.encode(c), tokenizer.eos_id)]
+        config.save_array(out / f"{split}.npy", np.array(ids, dtype=np.uint16))
+        print(f"{out}: {split}, {len(photos):,} photos, {len(texts):,} captions, {len(ids) / len(texts):.1f} tokens each")
+    config.save_json(out / "tokenizer.json", tokenizer.state())
+    config.save_json(out / "captions.json", {"names": names, "captions": [captions[name] for name in names],
+                                             "splits": {s: [index[n] for n in photos] for s, photos in splits.items()}})
+    print(f"{out}: images.npy {images.shape}, {tokenizer.vocab_size} token ids")
+
+
+if __name__ == "__main__":
+    main()
