@@ -272,24 +272,33 @@ def cider(candidates, references, df=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation and schedule
 
+UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are its "
+                 "his her their another two".split())  # a caption that ends so was cut off
+
 
 @torch.no_grad()
 def write_captions(model, images, tokenizer, max_tokens, dev, context, batch_size=250):
-    """Greedy captions of images (n, 3, H, W): a list of n str."""
-    captions = []
+    """Greedy captions of images (n, 3, H, W): a list of n str, and for each whether the model ended it."""
+    captions, ended = [], []
     for batch in images.split(batch_size):
         with context:
             ids = model.generate(batch.to(dev), max_new_tokens=max_tokens)
         captions += [tokenizer.decode(row) for row in ids.tolist()]
+        ended += [tokenizer.eos_id in row for row in ids.tolist()]
         config.show_progress(f"captioning {len(captions)}/{len(images)}")
-    return captions
+    return captions, ended
 
 
-def caption_scores(captions, references):
+def ends_badly(words, ended):
+    """Whether a caption lacks a proper ending: no end token, or a last word after which something must follow."""
+    return not ended or not words or words[-1] in UNFINISHED
+
+
+def caption_scores(captions, ended, references):
     """{name: value} of what is reported about captions of photos; CIDEr and BLEU times 100, as papers print them.
 
     shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a model
-    does not look. distinct: the share of captions that differ from all others.
+    does not look. broken: the share without a proper ending. distinct: different captions over all captions.
     """
     cider_df = document_frequencies([[words_of(ref) for ref in refs] for refs in references])
     shuffled = [cider(captions, references[k:] + references[:k], cider_df)[0] for k in range(1, 6)]
@@ -297,6 +306,7 @@ def caption_scores(captions, references):
             **{f"bleu{n}": 100 * score for n, score in enumerate(bleu(captions, references), 1)},
             "shuffled": 100 * float(np.mean(shuffled)),
             "length": float(np.mean([len(words_of(c)) for c in captions])),
+            "broken": 100 * float(np.mean([ends_badly(words_of(c), end) for c, end in zip(captions, ended)])),
             "distinct": 100 * len(set(captions)) / len(captions)}
 
 
@@ -321,9 +331,9 @@ def evaluate(model, data, split, max_tokens, dev, context):
     """(scores, captions) of a split: those of caption_scores(), and for drawn shapes the share of captions in which every
     attribute is right."""
     photos = data["splits"][split]
-    captions = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context)
+    captions, ended = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context)
     references = [data["captions"][p] for p in photos]
-    scores = caption_scores(captions, references)
+    scores = caption_scores(captions, ended, references)
     if data["names"][0].startswith("drawn"):
         scores["all_right"] = 100 * float(np.mean([attributes(c) == attributes(r[0]) for c, r in zip(captions, references)]))
     return scores, captions
@@ -387,7 +397,7 @@ def caption_files(path, train_with, where, out, dev, context):
     model, tokenizer, checkpoint = load_captioner(path, train_with, dev)
     photos = config.open_images(where, 256)  # for the picture; the model sees the pixels of its own size
     inputs = torch.stack([pixels for _, pixels in config.open_images(where, checkpoint["image_transform"]["size"])])
-    captions = write_captions(model, inputs, tokenizer, checkpoint["settings"]["max_tokens"], dev, context)
+    captions, _ = write_captions(model, inputs, tokenizer, checkpoint["settings"]["max_tokens"], dev, context)
     for (name, _), caption in zip(photos, captions):
         print(f"{name}: {caption}")
     config.save_grid(out / "captioned.png", [pixels for _, pixels in photos], captions, min(4, len(photos)))

@@ -1,0 +1,265 @@
+"""
+Stage 4: self-critical sequence training (Rennie et al. 2017) raises the captioner's CIDEr and BLEU themselves.
+
+    python mllm.py && python scst.py --init_from=sft                      drawn shapes, three minutes on two CPU cores
+    python scst.py config/flickr8k_scst_cpu.py --init_from=sft
+    python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
+
+Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model writes
+by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in proportion to
+how far it beats a baseline: the score of the model's own greedy caption (the self-critic), or the mean score of the photo's
+other samples. Starts from the sft.pt that mllm.py saved. Writes log.csv, scst.png, before_after.png, scst.pt (the best
+validation CIDEr) and last.pt to out_dir.
+
+Departures from the paper:
+- the model is a transformer that attends to image tokens, where the paper has an LSTM; the ViT stays frozen by default
+- the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and batches weigh alike)
+- the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the middle
+  of "in front of a", which costs CIDEr nothing
+- no curriculum over n-grams or beam search; AdamW with a linear warm-up and cool-down
+- the reward may hold smoothed sentence BLEU-4 (bleu_weight): from the second order on, one is added to matches and totals
+  (Lin and Och 2004)
+- baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import config
+import mllm
+
+# the run
+out_dir = "out/scst"  # checkpoints, log and pictures
+init_from = "sft"  # or "resume": go on from out_dir/last.pt
+sft_dir = ""  # the run of mllm.py whose sft.pt to start from; empty: the newest under out/
+eval_only = False  # evaluate out_dir/scst.pt and stop
+eval_split = "val"  # what eval_only evaluates: val or test
+image = ""  # caption this file, folder or URL and stop
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 on CUDA, else float32
+seed = 1337
+# reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1)
+cider_weight = 1.0
+bleu_weight = 0.0
+# sampling
+baseline = "greedy"  # as in the paper; or leave_one_out
+samples = 2  # captions sampled for each photo; leave_one_out needs at least 2
+batch_size = 32  # photos a step
+# optimization
+train_vit = False  # train the ViT too
+max_steps = 0  # 0: max_minutes alone decides
+max_minutes = 1.5  # 0: max_steps alone decides; else whichever comes first
+lr = 2e-4  # peak rate, AdamW for all: far below that of the training before, since samples are noisy teachers
+weight_decay = 0.0
+warmup_steps = 10
+cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a straight line
+grad_clip = 1.0  # largest norm of the gradient; 0: none
+eval_interval = 50  # steps between lines of the log, each with validation scores
+
+END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
+TABLE = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")  # of the table before / after
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward
+
+
+class Reward:
+    """Scores word lists against the captions of training photos, whose n-gram statistics are computed once."""
+
+    def __init__(self, references, cider_weight, bleu_weight):
+        """references: for each photo a list of str; the document frequencies are counted over them."""
+        words = [[mllm.words_of(ref) + [END] for ref in refs] for refs in references]
+        self.cider_weight, self.bleu_weight, self.cider = cider_weight, bleu_weight, mllm.CiderD(words)
+        self.lengths = [[len(ref) for ref in refs] for refs in words]
+        self.allowed = []  # for each photo and n: the largest count of each ngram in one reference
+        for refs in words if bleu_weight else []:
+            counts = [Counter() for _ in range(4)]
+            for n, ref in ((n, ref) for n in range(4) for ref in refs):
+                counts[n] |= mllm.count_ngrams(ref, n + 1)
+            self.allowed.append(counts)
+
+    def smoothed_bleu4(self, words, photo):
+        """Sentence BLEU-4, 0 to 1, with one added to matches and totals from n = 2 on (Lin and Och 2004)."""
+        log_precision = 0.0
+        for n, allowed in enumerate(self.allowed[photo]):
+            counts, one = mllm.count_ngrams(words, n + 1), min(n, 1)
+            matched, total = (counts & allowed).total() + one, counts.total() + one
+            if matched == 0:
+                return 0.0
+            log_precision += math.log(matched / total) / 4
+        closest = min((abs(length - len(words)), length) for length in self.lengths[photo])[1]
+        return math.exp(log_precision + min(0.0, 1 - closest / len(words)))
+
+    def __call__(self, captions, photos):
+        """captions: word lists, END last where the model ended it; photos: the index of each one's photo -> (n,) tensor"""
+        scores = [self.cider_weight * self.cider.score(words, photo)
+                  + (self.bleu_weight * self.smoothed_bleu4(words, photo) if self.bleu_weight else 0.0)
+                  for words, photo in zip(captions, photos, strict=True)]
+        return torch.tensor(scores)
+
+
+def to_words(ids, tokenizer):
+    """(n, T) generated ids -> word lists, END last in those that hold the end token"""
+    return [mllm.words_of(tokenizer.decode(row)) + [END] * (tokenizer.eos_id in row) for row in ids.tolist()]
+
+
+def advantages(rewards, greedy_rewards=None):
+    """(B, K) rewards of K samples a photo -> how far each beats its baseline: the (B,) rewards of the photo's greedy
+    caption (Rennie et al. 2017, equation 7), or the mean of its other K - 1 samples (Kool et al. 2019)."""
+    if greedy_rewards is not None:
+        return rewards - greedy_rewards[:, None]
+    return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
+
+
+def scst_loss(log_probs, sampled, advantage, eos_id):
+    """Minus the mean of advantage * log p over the sampled tokens, the end token among them and nothing after it.
+
+    log_probs: (n, T) of the sampled ids (n, T); advantage: (n,).
+    """
+    ended_before = (sampled == eos_id).cumsum(dim=1) - (sampled == eos_id).long() > 0  # (n, T)
+    counts = (~ended_before).to(log_probs.dtype)
+    return -(advantage[:, None] * log_probs * counts).sum() / counts.sum()
+
+
+def lr_factor(step, progress):
+    """The rate's share of its peak: a linear warm-up, a plateau, then a straight line to zero at progress 1."""
+    return min(1.0, (step + 1) / max(1, warmup_steps), (1.0 - progress) / max(cooldown, 1e-8))
+
+
+def find_sft():
+    """The sft.pt to start from."""
+    found = sorted(Path(sft_dir or "out").glob("sft.pt" if sft_dir else "*/sft.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py")
+    return found[-1]
+
+
+@config.one_line_errors
+def main(argv=None):
+    settings = config.override(globals(), argv)
+    if baseline not in ("greedy", "leave_one_out") or (baseline == "leave_one_out" and samples < 2):
+        config.fail("baseline is greedy, or leave_one_out with samples of at least 2")
+    if init_from not in ("sft", "resume"):
+        config.fail(f"init_from={init_from}: sft or resume")
+    dev, out, train_with = config.pick_device(device), Path(out_dir), "python scst.py (with the same config)"
+    context = config.autocast(dev, dtype)
+    if image:
+        mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context)
+        return
+
+    resumed = config.open_run(out, init_from, settings, train_with) if init_from == "resume" and not eval_only else None
+    start_from = out / "scst.pt" if eval_only else Path(resumed["sft"]) if resumed else find_sft()
+    model, tokenizer, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev)
+    sft = checkpoint["sft_settings"] if eval_only else checkpoint["settings"]  # of the run of mllm.py: data, lengths
+    max_tokens, data = sft["max_tokens"], mllm.load_captioned(sft["dataset"], sft["image_size"], sft["n_drawn"])
+    splits = data["splits"]
+    evaluate = lambda split: mllm.evaluate(model, data, split, max_tokens, dev, context)
+    if eval_only:
+        if eval_split not in splits:
+            config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
+        print(f"{start_from}, step {checkpoint['step']}, {eval_split}: "
+              + " | ".join(f"{name} {value:.2f}" for name, value in evaluate(eval_split)[0].items()))
+        return
+
+    print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
+    if not resumed:
+        config.open_run(out, init_from, settings, train_with)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    model.vit.requires_grad_(train_vit)
+    made = config.optimizers(model, 0.0, lr, weight_decay)
+    start, best = 0, -1.0
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        made[0].load_state_dict(resumed["optimizers"][0])
+        start, best = resumed["step"], resumed["best"]
+    model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
+    reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    names = (*TABLE, "shuffled", "all_right")
+    log = config.Log(out, ["reward", "baseline", "advantage", "length", "broken", "distinct", *(f"val_{n}" for n in names),
+                           *(f"{when}_test_{n}" for when in ("before", "after") for n in names)], clock, resumed)
+    print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters train, on {dev}; baseline {baseline}")
+
+    step, history = start, []
+    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
+    while True:
+        progress = clock.progress(step)
+        factor = lr_factor(step, progress)
+        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1:
+            with clock.paused():
+                scores, _ = evaluate("val")
+                numbers = {name: float(np.mean([row[name] for row in history])) for name in (history[0] if history else ())}
+                log.write(step, numbers | {f"val_{n}": scores[n] for n in names if n in scores}, factor * lr,
+                          batch_size * samples, "captions")
+                history = []
+                is_best, best = scores["cider"] > best, max(scores["cider"], best)
+                saved = {"model": model.state_dict(), "config": checkpoint["config"], "tokenizer": checkpoint["tokenizer"],
+                         "optimizers": [o.state_dict() for o in made], "settings": settings | {"max_tokens": max_tokens},
+                         "step": step, "best": best, "seconds": clock.seconds(), "sft": str(start_from),
+                         "sft_settings": sft, "image_transform": checkpoint["image_transform"]}
+                config.save(out / "last.pt", saved)
+                if is_best:
+                    config.save(out / "scst.pt", saved)
+        if progress == 1:
+            break
+        epoch, position = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows = order[position * batch_size:(position + 1) * batch_size].tolist()  # of the training split
+        sampler = torch.Generator(dev).manual_seed(seed * 1_000_003 + step)  # the step alone decides: resuming is exact
+
+        with context:
+            images = data["images"][[splits["train"][i] for i in rows]].to(dev)
+            tokens = model.encode(images).repeat_interleave(samples, dim=0)  # (B * K, N, C), each photo's K in a row
+            sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
+            prompts = model.prompt(len(sampled), tokens.size(1), dev)
+            log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]  # (B * K, T)
+            greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens) if baseline == "greedy" else None
+        captions = to_words(sampled, tokenizer)
+        rewards = reward(captions, [i for i in rows for _ in range(samples)]).view(-1, samples)  # (B, K)
+        greedy_rewards = reward(to_words(greedy, tokenizer), rows) if baseline == "greedy" else None
+        advantage = advantages(rewards, greedy_rewards)
+        loss = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id)
+        loss.backward()
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        config.set_lr(made, factor)
+        made[0].step()
+        made[0].zero_grad(set_to_none=True)
+        if not math.isfinite(loss.item()):
+            config.fail(f"the loss is {loss.item()} at step {step}; {out / 'last.pt'} is the last good checkpoint")
+        history.append({"reward": rewards.mean().item(), "baseline": (rewards - advantage).mean().item(),
+                        "advantage": advantage.mean().item(), "length": float(np.mean([len(c) for c in captions])),
+                        "broken": 100 * float(np.mean([mllm.ends_badly(c[:-1], c[-1:] == [END]) for c in captions])),
+                        "distinct": 100 * len(set(map(tuple, captions))) / len(captions)})
+        step += 1
+        config.show_progress(f"step {step} | reward {history[-1]['reward']:.3f}")
+
+    config.plot(out, left=("reward", "baseline"), right=("val_cider",), ylabel="reward", name="scst.png")
+    shown, table, pictures = splits["test"][:12], [], []
+    after = config.load(out / "scst.pt", train_with, dev)["model"]
+    for when, weights in (("before", before), ("after", after)):
+        model.load_state_dict(weights)
+        for split in ("val", "test"):
+            scores, captions = evaluate(split)
+            table.append((when, split, scores))
+        pictures.append(captions[:len(shown)])  # of the test split
+    log.write(step, {f"{when}_test_{n}": scores[n] for when, split, scores in table if split == "test"
+                     for n in names if n in scores})
+    print(f"{'':<7}{'':<6}" + "".join(f"{name:>10}" for name in TABLE))
+    for when, split, scores in table:
+        print(f"{when:<7}{split:<6}" + "".join(f"{scores[name]:>10.2f}" for name in TABLE))
+    config.save_grid(out / "before_after.png", [data["images"][p] for p in shown],
+                     [f"before: {b}\nafter: {a}" for b, a in zip(*pictures)])
+    gain = table[2][2]["cider"] / max(1e-9, table[0][2]["cider"]) - 1
+    print(f"validation CIDEr {table[0][2]['cider']:.2f} -> {table[2][2]['cider']:.2f} ({100 * gain:+.1f}%) after "
+          f"{clock.seconds() / 60:.1f} minutes of training; wrote {out}/scst.png, before_after.png, scst.pt")
+
+
+if __name__ == "__main__":
+    main()
