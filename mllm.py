@@ -36,7 +36,7 @@ seed = 1337
 # data
 dataset = "shapes"  # drawn here; or the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
 n_drawn = 10000  # images to draw: 500 to validate, 500 to test, the rest to train on
-image_size = 64  # pixels a side that the model sees
+image_size = 48  # pixels a side that the model sees
 shift = 0  # training photos move by up to so many pixels; 0 where a caption says in which part a shape lies
 mirror = False  # mirror half of the training photos, unless a caption says left or right
 batch_size = 64  # photos a step
@@ -76,9 +76,9 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), 
 SHAPES, SIZES = ("circle", "square", "triangle", "star", "cross"), ("small", "large")
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 WORDINGS = {  # {0} is the first shape and {1} its place; {2} and {3} are those of the second
-    1: ("a {0} in the {1}", "there is a {0} at the {1}", "the {1} holds a {0}", "one {0} , {1}", "i see a {0} in the {1}"),
+    1: ("a {0} in the {1}", "there is a {0} at the {1}", "the {1} holds a {0}", "one {0}, {1}", "i see a {0} in the {1}"),
     2: ("a {0} in the {1} and a {2} in the {3}", "there is a {0} at the {1} and a {2} at the {3}",
-        "the {1} holds a {0} and the {3} a {2}", "one {0} , {1} , and one {2} , {3}",
+        "the {1} holds a {0} and the {3} a {2}", "one {0}, {1}, and one {2}, {3}",
         "i see a {0} in the {1} and a {2} in the {3}")}
 
 
@@ -91,8 +91,8 @@ def draw_scene(shapes, size, rng):
     draw = ImageDraw.Draw(picture)
     for how_large, colour, shape, place in shapes:
         row, column = divmod(PLACES.index(place), 3)
-        x, y = s * (2 * np.array([column, row]) + 1) / 6 + rng.uniform(-0.035, 0.035, 2) * s
-        r = s * (0.075 if how_large == "small" else 0.135) * rng.uniform(0.9, 1.1)
+        x, y = s * (2 * np.array([column, row]) + 1) / 6 + rng.uniform(-0.02, 0.02, 2) * s
+        r = s * (0.085 if how_large == "small" else 0.14) * rng.uniform(0.92, 1.08)
         fill = tuple(int(c) for c in np.clip(np.array(COLOURS[colour]) + rng.integers(-15, 16, 3), 0, 255))
         if shape == "circle":
             draw.ellipse((x - r, y - r, x + r, y + r), fill)

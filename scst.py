@@ -134,6 +134,8 @@ def lr_factor(step, progress):
 def find_sft():
     """The sft.pt to start from."""
     found = sorted(Path(sft_dir or "out").glob("sft.pt" if sft_dir else "*/sft.pt"), key=lambda p: p.stat().st_mtime)
+    if found and found[-1].parent == Path(out_dir):
+        config.fail(f"out_dir={out_dir} is where {found[-1]} lies, which a new run would rename; choose another")
     if not found:
         config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py")
     return found[-1]
