@@ -417,7 +417,7 @@ def main(argv=None):
     if eval_only:
         if eval_split not in splits:
             config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
-        model, _, checkpoint = load_captioner(out / "sft.pt", train_with, dev)
+        model, data["tokenizer"], checkpoint = load_captioner(out / "sft.pt", train_with, dev)
         scores, _ = evaluate(model, data, eval_split, max_tokens, dev, context)
         print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
               + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))

@@ -159,7 +159,7 @@ def main(argv=None):
     model, tokenizer, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev)
     sft = checkpoint["sft_settings"] if eval_only else checkpoint["settings"]  # of the run of mllm.py: data, lengths
     max_tokens, data = sft["max_tokens"], mllm.load_captioned(sft["dataset"], sft["image_size"], sft["n_drawn"])
-    splits = data["splits"]
+    splits, data["tokenizer"] = data["splits"], tokenizer
     evaluate = lambda split: mllm.evaluate(model, data, split, max_tokens, dev, context)
     if eval_only:
         if eval_split not in splits:
