@@ -98,10 +98,8 @@ def lr_factor(step, progress):
 def write_text(model, tokenizer, text, dev, generator):
     """Continue text, print it as it is written, and return it with its continuation."""
     begin = [tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []
-    try:
+    with config.one_line(ValueError):  # a character that the model does not know
         ids = begin + tokenizer.encode(text)
-    except ValueError as e:
-        config.fail(f"--prompt: {e}")
     print(text, end="", flush=True)
     written, shown = [], 0
     for token in model.stream(torch.tensor([ids], device=dev), max_new_tokens, temperature, top_k, top_p,
@@ -141,7 +139,8 @@ def main(argv=None):
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
                              positions, tie_weights=tie_weights)
-    model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config).to(dev)
+    with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
+        model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config).to(dev)
     made = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     start, best = 0, math.inf
     if resumed:
@@ -159,7 +158,7 @@ def main(argv=None):
     while True:
         progress = clock.progress(step)
         factor = lr_factor(step, progress)
-        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1:
+        if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 val = evaluate(model, val_ids, model.config.block_size, batch_size, dev, context)
                 numbers = {"train": float(np.mean(losses)), "val": val} if losses else {"val": val}

@@ -321,7 +321,9 @@ class RMSNorm(nn.Module):
 
 def make_norm(kind, n_embd):
     """kind: "layer" or "rms"."""
-    return {"layer": LayerNorm, "rms": RMSNorm}[kind](n_embd)
+    if kind not in ("layer", "rms"):
+        raise ValueError(f"norm {kind!r}: layer or rms")
+    return LayerNorm(n_embd) if kind == "layer" else RMSNorm(n_embd)
 
 
 class FeedForward(nn.Module):

@@ -182,9 +182,9 @@ def main(argv=None):
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
-    names = (*TABLE, "shuffled", "all_right")
-    log = config.Log(out, ["reward", "baseline", "advantage", "length", "broken", "distinct", *(f"val_{n}" for n in names),
-                           *(f"{when}_test_{n}" for when in ("before", "after") for n in names)], clock, resumed)
+    columns = ["reward", "baseline", "advantage", "length", "broken", "distinct",  # of the samples, over the interval
+               *(f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES)]
+    log = config.Log(out, columns, clock, resumed)
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters train, on {dev}; baseline {baseline}")
 
@@ -193,14 +193,15 @@ def main(argv=None):
     while True:
         progress = clock.progress(step)
         factor = lr_factor(step, progress)
-        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1:
+        if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 scores, _ = evaluate("val")
                 numbers = {name: float(np.mean([row[name] for row in history])) for name in (history[0] if history else ())}
-                log.write(step, numbers | {f"val_{n}": scores[n] for n in names if n in scores}, factor * lr,
-                          batch_size * samples, "captions")
+                scores = {f"val_{name}": value for name, value in scores.items()}
+                brief = {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
+                log.write(step, numbers | brief, factor * lr, batch_size * samples, "captions", also=scores)
                 history = []
-                is_best, best = scores["cider"] > best, max(scores["cider"], best)
+                is_best, best = scores["val_cider"] > best, max(scores["val_cider"], best)
                 saved = {"model": model.state_dict(), "config": checkpoint["config"], "tokenizer": checkpoint["tokenizer"],
                          "optimizers": [o.state_dict() for o in made], "settings": settings | {"max_tokens": max_tokens},
                          "step": step, "best": best, "seconds": clock.seconds(), "sft": str(start_from),
@@ -251,8 +252,8 @@ def main(argv=None):
             scores, captions = evaluate(split)
             table.append((when, split, scores))
         pictures.append(captions[:len(shown)])  # of the test split
-    log.write(step, {f"{when}_test_{n}": scores[n] for when, split, scores in table if split == "test"
-                     for n in names if n in scores})
+    log.write(step, {}, also={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
+                              for name, value in scores.items()})
     print(f"{'':<7}{'':<6}" + "".join(f"{name:>10}" for name in TABLE))
     for when, split, scores in table:
         print(f"{when:<7}{split:<6}" + "".join(f"{scores[name]:>10.2f}" for name in TABLE))

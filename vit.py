@@ -162,7 +162,8 @@ def main(argv=None):
                              label_smoothing, tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
                              tuple(pixels.std(dim=(0, 2, 3)).tolist()))
     del pixels
-    model = ViT(ViTConfig(**resumed["config"]) if resumed else model_config)
+    with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
+        model = ViT(ViTConfig(**resumed["config"]) if resumed else model_config)
     model = model.to(dev, memory_format=torch.channels_last)
     made = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     start, best = 0, 0.0
@@ -182,7 +183,7 @@ def main(argv=None):
     while True:
         progress = clock.progress(step)
         factor = lr_factor(step, progress)
-        if (step % eval_interval == 0 and not (resumed and step == start)) or progress == 1:
+        if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 val, accuracy, _ = evaluate(model, *data["val"], dev, context)
                 numbers = {"train": float(np.mean(losses))} if losses else {}

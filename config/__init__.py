@@ -54,6 +54,15 @@ def one_line_errors(main):
     return wrapped
 
 
+@contextlib.contextmanager
+def one_line(exception):
+    """Inside, an exception of that type is the person's: it ends the run with its message alone."""
+    try:
+        yield
+    except exception as e:
+        fail(str(e))
+
+
 def read_settings(path):
     """{name: (value, comment)} of the lines `name = value  # why` at the top level of a Python file; runs nothing.
 
@@ -296,16 +305,14 @@ class Log:
             csv.DictWriter(f, self.columns, restval="").writeheader()
             csv.DictWriter(f, self.columns, restval="").writerows(rows)
 
-    def write(self, step, numbers, lr=None, items=None, unit=""):
-        """numbers: {column: float}; items: how many units (tokens, images) one step takes."""
+    def write(self, step, numbers, lr=None, items=None, unit="", also=None):
+        """numbers: {column: number or str}; also: more of them, for the file alone; items: how many units (tokens,
+        images) one step takes."""
         text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
-        for name, value in numbers.items():
-            if isinstance(value, str):
-                text.append(f"{name} {value}")
-                row[name] = value
-                continue
-            text.append(f"{name} {value:.4g}" if abs(value) < 1000 else f"{name} {value:.0f}")
-            row[name] = f"{value:.6g}"
+        for name, value in (numbers | (also or {})).items():
+            row[name] = value if isinstance(value, str) else f"{value:.6g}"
+            if name in numbers:
+                text.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}")
         if lr is not None:
             (last_step, last_seconds), seconds = self.last, self.clock.seconds()
             pace, self.last = (seconds - last_seconds) / max(1, step - last_step), (step, seconds)
