@@ -305,8 +305,8 @@ def caption_scores(captions, ended, references):
     words, n = [words_of(caption) for caption in captions], len(captions)
     mean_cider = lambda k: 100 * float(np.mean([scorer.score(words[i], (i + k) % n) for i in range(n)]))
     return {"cider": mean_cider(0),
-            **{f"bleu{n}": 100 * score for n, score in enumerate(bleu(captions, references), 1)},
-            "shuffled": float(np.mean([mean_cider(k) for k in range(1, 6)])),
+            **{f"bleu{order}": 100 * score for order, score in enumerate(bleu(captions, references), 1)},
+            "shuffled": float(np.mean([mean_cider(k) for k in range(1, min(6, n))] or [0.0])),
             "length": float(np.mean([len(each) for each in words])),
             "broken": 100 * float(np.mean([ends_badly(each, end) for each, end in zip(words, ended)])),
             "distinct": 100 * len(set(captions)) / len(captions)}
