@@ -441,7 +441,7 @@ def main(argv=None):
     for part, where in origin.items():
         print(f"{part:<9} {sum(p.numel() for p in getattr(model, part).parameters()):>10,} parameters, {where}")
 
-    start, best, phase, phase_start, phase_from, made = 0, {"align": math.inf, "sft": -1.0}, None, 0, 0.0, []
+    start, best, phase, phase_start, phase_from, made = 0, {"align": -math.inf, "sft": -1.0}, None, 0, 0.0, []
     if resumed:
         start, best = resumed["step"], resumed["best"]
         phase, phase_start, phase_from = resumed["phase"]

@@ -666,6 +666,8 @@ class GPT(nn.Module):
         self.config = c = config
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         rotary, self.position = None, nn.Identity()
+        if c.n_embd % c.n_head:
+            raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
         if c.positions == "rotary":
             rotary = RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
         elif c.positions in ("learned", "sinusoidal"):
@@ -698,9 +700,10 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None, x=None):
+    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None, x=None,
+               never=None):
         """Yields the next (B,) ids, one position at a time; what generate() takes, and x: embeddings of the prompt that
-        stand in for those of ids.
+        stand in for those of ids; never: an id that is not to be written.
 
         The cache serves as long as the text fits block_size. Then the newer half of it is read afresh into an empty
         cache, so that the cost of a token stays bounded; the model forgets what came before that half.
@@ -715,6 +718,8 @@ class GPT(nn.Module):
                 if caches[0][0].length + x.size(1) > block_size:
                     caches, x = self.decoder.new_caches(block_size), self.embedding(ids[:, -(block_size // 2):])
                 logits = self.head(self.hidden(x, caches)[:, -1])  # (B, vocab_size)
+                if never is not None:
+                    logits[:, never] = -math.inf
                 token = sample_next(logits, temperature, top_k, top_p, generator)
                 if eos_id is not None:
                     token = token.masked_fill(ended, eos_id)
@@ -818,20 +823,25 @@ class MLLM(nn.Module):
         ids[:, -1] = self.config.bos_id
         return ids
 
+    def logits(self, x):
+        """(..., C) -> (..., vocab_size); a placeholder is not a word: its logit is minus infinity."""
+        logits = self.gpt.head(x)
+        return logits.index_fill(-1, torch.tensor([self.config.image_id], device=x.device), -math.inf)
+
     def forward(self, images, ids, targets=None):
         """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the logits of the
         n positions that have one, (n, vocab_size), and the loss: the output layer is not run for image positions."""
         x = self.gpt.hidden(self.embed(images, ids))
         if targets is None:
-            return self.gpt.head(x), None
-        logits = self.gpt.head(x[targets >= 0])  # (n, vocab_size)
+            return self.logits(x), None
+        logits = self.logits(x[targets >= 0])  # (n, vocab_size)
         return logits, F.cross_entropy(logits.float(), targets[targets >= 0])
 
     def log_probs(self, images, ids):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0 and at placeholders."""
-        x = self.gpt.hidden(self.embed(images, ids))[:, :-1]
+        x = self.gpt.hidden(self.embed(images, ids[:, :-1]))  # (B, T - 1, C)
         wanted = ids[:, 1:] != self.config.image_id  # (B, T - 1)
-        log_p = -F.cross_entropy(self.gpt.head(x[wanted]).float(), ids[:, 1:][wanted], reduction="none")  # (n,)
+        log_p = -F.cross_entropy(self.logits(x[wanted]).float(), ids[:, 1:][wanted], reduction="none")  # (n,)
         return F.pad(torch.zeros_like(wanted, dtype=log_p.dtype).masked_scatter(wanted, log_p), (1, 0))
 
     @torch.no_grad()
@@ -846,7 +856,7 @@ class MLLM(nn.Module):
         ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
         max_new_tokens = min(max_new_tokens, self.config.gpt.block_size - ids.size(1) + 1)  # the last is not read again
         new = self.gpt.stream(ids, max_new_tokens, temperature, top_k, top_p, self.config.eos_id, generator,
-                              x=self.embed(tokens, ids))
+                              x=self.embed(tokens, ids), never=self.config.image_id)
         out = torch.stack(list(new), dim=1)
         self.train(was_training)
         return out
