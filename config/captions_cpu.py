@@ -2,7 +2,7 @@
 out_dir = "out/captions_cpu"
 dataset = "flickr8k"
 dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
-max_minutes = 3.0
+max_minutes = 2.5
 max_steps = 0
 batch_size = 64
 block_size = 64  # four captions or so
@@ -10,4 +10,4 @@ n_layer = 4
 n_head = 4
 n_embd = 192
 dropout = 0.1
-eval_interval = 200
+eval_interval = 100
