@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import config
-from model import MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, tokenizer_from_state
+from model import CONNECTORS, MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, tokenizer_from_state
 
 # the run
 out_dir = "out/shapes"  # checkpoints, log and pictures
@@ -45,7 +45,7 @@ max_tokens = 40  # longest caption
 # model: a checkpoint brings its own architecture
 vit_ckpt = ""  # checkpoint of stage 1 to start from; empty: from nothing
 gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
-connector = "mlp"  # or linear
+connector = "mlp"  # or linear, or pixel_shuffle: a quarter of the image tokens
 patch_size = 8
 vit_layer = 3
 vit_head = 4
@@ -155,9 +155,12 @@ def load_captioned(dataset, image_size, n_drawn):
 
 
 def make_sequences(captions, n_image_tokens, tokenizer, max_tokens):
-    """Captions -> inputs, targets (B, T): <image> placeholders, bos, the caption, eos; -1 where there is no target."""
+    """Captions -> inputs, targets (B, T): <image> placeholders, bos, the caption, eos; -1 where there is no target.
+
+    T is rounded up, so that few different shapes occur: matrix products on CPUs are prepared anew for each.
+    """
     ids = [tokenizer.encode(caption)[:max_tokens - 1] + [tokenizer.eos_id] for caption in captions]
-    T = n_image_tokens + max(map(len, ids))
+    T = n_image_tokens + min(max_tokens, 8 * math.ceil(max(map(len, ids)) / 8))
     inputs, targets = torch.full((len(ids), T), tokenizer.pad_id), torch.full((len(ids), T), -1)
     inputs[:, :n_image_tokens], inputs[:, n_image_tokens] = tokenizer.image_id, tokenizer.bos_id
     for i, row in enumerate(ids):
@@ -365,9 +368,11 @@ def build_model(tokenizer):
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
         if gpt_config.positions == "learned":
             config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; train it with positions=rotary")
-    n_image_tokens = (image_size // vit_config.patch_size) ** 2
-    gpt_config = dataclasses.replace(gpt_config, block_size=n_image_tokens + max_tokens)
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
+        if connector not in CONNECTORS:
+            raise ValueError(f"connector {connector!r}: {', '.join(CONNECTORS)}")
+        n_image_tokens = (image_size // (vit_config.patch_size * CONNECTORS[connector].fold)) ** 2
+        gpt_config = dataclasses.replace(gpt_config, block_size=n_image_tokens + max_tokens)
         model = MLLM(MLLMConfig(vit_config, gpt_config, connector))
     for part, checkpoint in loaded.items():
         weights = {name: w for name, w in checkpoint["model"].items() if part == "gpt" or not name.startswith("head.")}
@@ -435,7 +440,7 @@ def main(argv=None):
     else:
         model, origin = build_model(tokenizer)
     model = model.to(dev, memory_format=torch.channels_last)
-    n_image_tokens = (image_size // model.config.vit.patch_size) ** 2
+    n_image_tokens = model.n_image_tokens(image_size)
     print(f"{dataset}: " + ", ".join(f"{len(photos):,} photos to {split}" for split, photos in splits.items())
           + f"; {n_image_tokens} image tokens each; on {dev}")
     for part, where in origin.items():

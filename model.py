@@ -381,7 +381,9 @@ class LearnedPositionalEncoding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. blocks (pre-norm: the residual stream itself is never normalised, Xiong et al. 2020)
+# 4. blocks (pre-norm: the residual stream itself is never normalised, Xiong et al. 2020). Dropout is on what each part
+# adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU, drawing random
+# numbers for those takes longer than the attention itself.
 
 
 class EncoderBlock(nn.Module):
@@ -390,7 +392,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None):
         super().__init__()
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
-        self.attn = MultiHeadAttention(n_embd, n_head, dropout, bias, rotary)
+        self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
         self.ff = FeedForward(n_embd, None, activation, dropout, bias)
         self.dropout = nn.Dropout(dropout)
 
@@ -406,9 +408,9 @@ class DecoderBlock(nn.Module):
     def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None, cross=False):
         super().__init__()
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
-        self.attn = MultiHeadAttention(n_embd, n_head, dropout, bias, rotary)
+        self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
         self.cross_norm = make_norm(norm, n_embd) if cross else None
-        self.cross_attn = MultiHeadAttention(n_embd, n_head, dropout, bias) if cross else None
+        self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias) if cross else None
         self.ff = FeedForward(n_embd, None, activation, dropout, bias)
         self.dropout = nn.Dropout(dropout)
 
@@ -748,6 +750,8 @@ class GPT(nn.Module):
 class LinearConnector(nn.Module):
     """Vision channels to language channels by one matrix (LLaVA, Liu et al. 2023)."""
 
+    fold = 1  # patches a side that become one image token
+
     def __init__(self, n_vision, n_language):
         super().__init__()
         self.up = nn.Linear(n_vision, n_language)
@@ -760,6 +764,8 @@ class LinearConnector(nn.Module):
 class MLPConnector(nn.Module):
     """The same by two layers (LLaVA-1.5, Liu et al. 2024)."""
 
+    fold = 1
+
     def __init__(self, n_vision, n_language):
         super().__init__()
         self.up, self.down = nn.Linear(n_vision, n_language), nn.Linear(n_language, n_language)
@@ -769,14 +775,34 @@ class MLPConnector(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}
+class PixelShuffleConnector(nn.Module):
+    """Each 2x2 neighbouring patches become one token of four times the channels, then two layers (InternVL 1.5, Chen et
+    al. 2024): a quarter of the image tokens, which is most of what the GPT has to read for a short caption."""
+
+    fold = 2
+
+    def __init__(self, n_vision, n_language):
+        super().__init__()
+        self.mlp = MLPConnector(4 * n_vision, n_language)
+
+    def forward(self, x):
+        """(B, N, n_vision), a square grid of even side -> (B, N / 4, n_language)"""
+        B, N, C = x.shape
+        half = math.isqrt(N) // 2
+        if (2 * half) ** 2 != N:
+            raise ValueError(f"{N} patches are no square grid of even side, which folding 2x2 of them needs")
+        x = x.view(B, half, 2, half, 2, C).transpose(2, 3)  # (B, half, half, 2, 2, C)
+        return self.mlp(x.reshape(B, half * half, 4 * C))
+
+
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector}
 
 
 @dataclass
 class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)
-    connector: str = "mlp"
+    connector: str = "mlp"  # or linear, pixel_shuffle
     image_id: int = BPETokenizer.image_id  # the placeholder; one stands for one image token
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
@@ -804,6 +830,10 @@ class MLLM(nn.Module):
         init_weights(self.connector, 1)
         self.vit.head = nn.Identity()  # a captioner needs features, not classes
 
+    def n_image_tokens(self, image_size):
+        """How many image tokens, and so placeholders, an image of image_size x image_size pixels takes."""
+        return (image_size // (self.config.vit.patch_size * self.connector.fold)) ** 2
+
     def encode(self, images):
         """(M, 3, H, W) pixels -> (M, N, n_embd of the GPT) image tokens"""
         return self.connector(self.vit.features(images))
@@ -830,12 +860,13 @@ class MLLM(nn.Module):
 
     def forward(self, images, ids, targets=None):
         """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the logits of the
-        n positions that have one, (n, vocab_size), and the loss: the output layer is not run for image positions."""
+        n positions at which any row has one, (B, n, vocab_size), and the loss: image positions need no output layer."""
         x = self.gpt.hidden(self.embed(images, ids))
         if targets is None:
             return self.logits(x), None
-        logits = self.logits(x[targets >= 0])  # (n, vocab_size)
-        return logits, F.cross_entropy(logits.float(), targets[targets >= 0])
+        needed = (targets >= 0).any(dim=0)  # (T,); not (targets >= 0) itself: a new shape each step is slow on CPUs
+        logits = self.logits(x[:, needed])  # (B, n, vocab_size)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets[:, needed].flatten(), ignore_index=-1)
 
     def log_probs(self, images, ids):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0 and at placeholders."""
