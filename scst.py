@@ -146,15 +146,15 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     if baseline not in ("greedy", "leave_one_out") or (baseline == "leave_one_out" and samples < 2):
         config.fail("baseline is greedy, or leave_one_out with samples of at least 2")
-    if init_from not in ("sft", "resume"):
-        config.fail(f"init_from={init_from}: sft or resume")
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python scst.py (with the same config)"
     context = config.autocast(dev, dtype)
     if image:
         mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context)
         return
 
-    resumed = config.open_run(out, init_from, settings, train_with) if init_from == "resume" and not eval_only else None
+    resumed = None
+    if init_from != "sft" and not eval_only:
+        resumed = config.open_run(out, init_from, settings, train_with, start="sft")
     start_from = out / "scst.pt" if eval_only else Path(resumed["sft"]) if resumed else find_sft()
     model, tokenizer, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev)
     sft = checkpoint["sft_settings"] if eval_only else checkpoint["settings"]  # of the run of mllm.py: data, lengths
@@ -170,7 +170,7 @@ def main(argv=None):
 
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
     if not resumed:
-        config.open_run(out, init_from, settings, train_with)
+        config.open_run(out, init_from, settings, train_with, start="sft")
     before = {name: w.clone() for name, w in model.state_dict().items()}
     model.vit.requires_grad_(train_vit)
     made = config.optimizers(model, 0.0, lr, weight_decay)

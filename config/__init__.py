@@ -45,11 +45,9 @@ def one_line_errors(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            fail("\nstopped by hand; what was saved is kept (a training run goes on with --init_from=resume)")
-        except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
-            fail(f"{e.filename}: {e.strerror}")
-        except OSError as e:
-            fail(f"{e.filename or 'the disk'}: {e.strerror}") if e.errno == 28 else fail(str(e))
+            raise SystemExit("\nstopped by hand; what was saved is kept (a training run goes on with --init_from=resume)")
+        except OSError as e:  # no such folder, no permission, no space left on the disk
+            fail(str(e))
 
     return wrapped
 
@@ -63,13 +61,13 @@ def one_line(exception):
         fail(str(e))
 
 
-def read_settings(path):
+def read_settings(path, strict=False):
     """{name: (value, comment)} of the lines `name = value  # why` at the top level of a Python file; runs nothing.
 
-    Names are lower case and values literals; in a config file every other statement is an error.
+    Names are lower case and values literals; strict, for config files: every other statement is an error.
     """
-    source = Path(path).read_text(encoding="utf-8")
-    lines, found, is_config = source.splitlines(), {}, Path(path).parent.name == "config"
+    source, found = Path(path).read_text(encoding="utf-8"), {}
+    lines = source.splitlines()
     try:
         body = ast.parse(source).body
     except SyntaxError as e:
@@ -78,7 +76,7 @@ def read_settings(path):
         try:
             name, value = node.targets[0].id, ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            if is_config and not isinstance(getattr(node, "value", None), ast.Constant):  # not a docstring
+            if strict and not isinstance(getattr(node, "value", None), ast.Constant):  # nor a docstring
                 fail(f"{path}, line {node.lineno}: a config file holds only lines of the form `name = value  # why`")
             continue
         if name.islower():
@@ -123,7 +121,7 @@ def override(stage, argv=None):
         elif arg.endswith(".py"):
             if not Path(arg).is_file():
                 fail(f"{arg}: no such config file; there are {', '.join(map(str, sorted(Path('config').glob('[!_]*.py'))))}")
-            changes, where = {key: value for key, (value, _) in read_settings(arg).items()}, arg
+            changes, where = {key: value for key, (value, _) in read_settings(arg, strict=True).items()}, arg
         else:
             fail(f"{arg}: neither a config file (*.py) nor --key=value")
         for key, value in changes.items():
@@ -163,6 +161,8 @@ def maybe_compile(model, wanted):
     """torch.compile(model) where it is asked for and works; the model as it is, with a warning, where it does not."""
     if not wanted:
         return model
+    import torch._dynamo
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, and torch warns
     try:
         return torch.compile(model)
     except RuntimeError as e:
@@ -268,12 +268,14 @@ def load(path, train_with, device="cpu"):
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
 
 
-def open_run(out_dir, init_from, settings, resume_with):
+def open_run(out_dir, init_from, settings, resume_with, start="scratch"):
     """Make out_dir ready and return the checkpoint to go on from: last.pt with init_from=resume, else None.
 
-    A run that starts anew renames the checkpoints that it finds to *.old.pt; a resumed one says which settings differ.
+    start: the stage's other word for init_from. A run that starts anew renames the checkpoints that it finds to *.old.pt; a resumed one says which settings differ.
     """
     out_dir = Path(out_dir)
+    if init_from not in (start, "resume"):
+        fail(f"init_from={init_from}: {start} or resume")
     if init_from == "resume":
         checkpoint = load(out_dir / "last.pt", resume_with)
         for name, value in checkpoint["settings"].items():
@@ -327,7 +329,8 @@ class Log:
             row |= {"lr": f"{lr:.4e}"}
         row["minutes"] = f"{self.clock.seconds() / 60:.3f}"
         show_progress("")
-        print(" | ".join(text), flush=True)
+        if len(text) > 1:
+            print(" | ".join(text), flush=True)
         with open(self.path, "a", newline="") as f:
             csv.DictWriter(f, self.columns, restval="").writerow(row)
 
@@ -343,7 +346,7 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss", name="loss.png
     import matplotlib.pyplot as plt
     with open(Path(out_dir) / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axes = [(axis, column, "-") for column in left]
     if right:
         axes += [(second, column, "--") for second in [axis.twinx()] for column in right]
@@ -353,8 +356,7 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss", name="loss.png
         if points:
             a.plot(*zip(*points), style, color=f"C{i}", label=column)
     axis.set(xlabel="step", ylabel=ylabel, title=Path(out_dir).name)
-    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.88))
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=len(axes))
     figure.savefig(Path(out_dir) / name, dpi=110)
     plt.close(figure)
 
