@@ -517,6 +517,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, source, bos_id, eos_id, max_new_tokens):
         """Greedy, cached translation: (B, Ts) ids -> (B, T) ids, bos first, ended rows filled with eos_id."""
+        was_training = self.training
+        self.eval()
         memory, caches = self.encode(source), self.decoder.new_caches(max_new_tokens, source.size(1))
         out = torch.full((source.size(0), 1), bos_id, device=source.device)
         ended = torch.zeros_like(out, dtype=torch.bool)
@@ -524,6 +526,7 @@ class Transformer(nn.Module):
             token = self.decode(out[:, -1:], memory, source, caches).argmax(dim=-1).masked_fill(ended, eos_id)  # (B, 1)
             ended |= token == eos_id
             out = torch.cat((out, token), dim=1)
+        self.train(was_training)
         return out
 
 
