@@ -886,11 +886,15 @@ class MLLM(nn.Module):
         """
         was_training = self.training
         self.eval()
-        tokens = images if images.dim() == 3 else self.encode(images)
-        ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
-        max_new_tokens = min(max_new_tokens, self.config.gpt.block_size - ids.size(1) + 1)  # the last is not read again
-        new = self.gpt.stream(ids, max_new_tokens, temperature, top_k, top_p, self.config.eos_id, generator,
-                              x=self.embed(tokens, ids), never=self.config.image_id)
-        out = torch.stack(list(new), dim=1)
-        self.train(was_training)
-        return out
+        try:
+            tokens = images if images.dim() == 3 else self.encode(images)
+            ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
+            room = self.config.gpt.block_size - ids.size(1) + 1  # the last token is not read again
+            new = self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, self.config.eos_id, generator,
+                                  x=self.embed(tokens, ids), never=self.config.image_id)
+            new = list(new)
+        finally:
+            self.train(was_training)
+        if not new:
+            raise ValueError(f"{ids.size(1)} positions leave no room to write in block_size={self.config.gpt.block_size}")
+        return torch.stack(new, dim=1)

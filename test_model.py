@@ -6,22 +6,44 @@ The tests: plain functions and bare asserts, in the order of model.py. Each fail
     pytest test_model.py            # works as well, and is not needed
 """
 
+import ast
+import contextlib
+import csv
+import hashlib
+import http.server
+import io
 import json
 import math
+import os
+import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
+import config
+import gpt
+import mllm
+import prepare_cifar
+import prepare_flickr8k
+import prepare_shakespeare
+import scst
+import vit
+from mllm import bleu, cider, ends_badly, words_of
 from model import (
     GPT, MLLM, BPETokenizer, CharTokenizer, DecoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm,
-    LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding, RMSNorm, RotaryEmbedding,
+    LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
     SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
     padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
 )
@@ -278,7 +300,10 @@ def test_cached_attention_equals_one_full_pass():
 
 def test_norms_equal_torch_in_values_and_gradients():
     x = (3 * torch.randn(2, 5, 16) + 1).requires_grad_()
-    for ours, theirs in ((LayerNorm(16), nn.LayerNorm(16)), (RMSNorm(16), nn.RMSNorm(16, eps=1e-5))):
+    formula = lambda x, w, b: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * w + b
+    layer = shake(LayerNorm(16))
+    close(layer(x), formula(x, layer.weight, layer.bias))
+    for ours, theirs in ((layer, nn.LayerNorm(16)), (RMSNorm(16), nn.RMSNorm(16, eps=1e-5))):
         theirs.load_state_dict(shake(ours).state_dict())
         close(ours(x), theirs(x))
         for a, b in zip(gradients(ours(x), x, *ours.parameters()), gradients(theirs(x), x, *theirs.parameters())):
@@ -639,7 +664,7 @@ def test_mllm_loss_and_log_probs_are_those_of_the_full_logits():
     tokens = model.encode(images)
     close(tokens, model.connector(model.vit.features(images)))
     logits, (some, loss) = model(images, EXAMPLE)[0], model(tokens, EXAMPLE, TARGETS)  # tokens stand in for pixels
-    close(some, logits[TARGETS >= 0])
+    close(some, logits[:, (TARGETS >= 0).any(dim=0)])  # of the positions that have a target in any row
     close(loss, F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=-1))
     expected = logits.log_softmax(dim=-1)[:, :-1].gather(2, EXAMPLE[:, 1:, None])[:, :, 0]
     for either in (images, tokens):
@@ -677,16 +702,557 @@ def test_mllm_config_comes_back_from_a_dict():
     MLLM(back).load_state_dict(model.state_dict())
 
 
+def test_pixel_shuffle_folds_neighbouring_patches():
+    layer, x = shake(PixelShuffleConnector(1, 8)), torch.arange(16.0).view(1, 16, 1)  # a grid of 4x4 patches
+    squares = torch.tensor([[0.0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
+    close(layer(x)[0], layer.mlp(squares))
+    raises(ValueError, "9 patches are no square grid of even side", layer, torch.zeros(1, 9, 1))
+
+
 def test_mllm_initial_loss_and_gradients_through_each_connector():
-    for connector in ("linear", "mlp"):
+    for connector in CONNECTORS:
         model = tiny_mllm(connector=connector)
-        loss = model(photos(2), EXAMPLE, TARGETS)[1]
+        n = model.n_image_tokens(8)
+        assert n == model.encode(photos(1)).size(1)
+        ids = torch.tensor([[3] * n + [1, 5, 6]] * 2)
+        loss = model(photos(2), ids, ids.roll(-1, 1).masked_fill(ids == 3, -1))[1]
         assert abs(loss.item() - math.log(20)) < 0.3
         assert not unreached(model, loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the stages, end to end
+# config: settings, checkpoints, logs, downloads
+
+
+def settings_of(text, *argv):
+    """What override() makes of a stage whose source is text."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "stage.py")
+        file.write_text(text)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return config.override({"__file__": str(file), "__doc__": "a stage"}, argv)
+
+
+STAGE = 'lr = 0.1  # the rate\nsteps = 5\nname = "a"  # a # b\nfast = False\nlimit = max(1, 2)\nCONSTANT = 3\n'
+
+
+def test_settings_are_overridden_from_left_to_right():
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder, "recipe.py")
+        recipe.write_text('"""A recipe."""\nsteps = 7  # why\nname = "b"\n')
+        got = settings_of(STAGE, "--steps=6", str(recipe), "--name=x=y", "--lr=1", "--fast=True")
+    assert got == {"lr": 1.0, "steps": 7, "name": "x=y", "fast": True} and isinstance(got["lr"], float)
+    assert settings_of(STAGE) == {"lr": 0.1, "steps": 5, "name": "a", "fast": False}
+
+
+def test_wrong_settings_end_in_one_line():
+    raises(SystemExit, "did you mean steps", settings_of, STAGE, "--step=1")
+    raises(SystemExit, "unknown setting CONSTANT", settings_of, STAGE, "--CONSTANT=1")
+    raises(SystemExit, "steps expects int", settings_of, STAGE, "--steps=1.5")
+    raises(SystemExit, "lr expects float", settings_of, STAGE, "--lr=fast")
+    raises(SystemExit, "fast expects bool", settings_of, STAGE, "--fast=1")
+    raises(SystemExit, "--key=value", settings_of, STAGE, "--fast")
+    raises(SystemExit, "no such config file", settings_of, STAGE, "config/nothing.py")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder, "recipe.py")
+        recipe.write_text("steps = 2 * 3\n")
+        raises(SystemExit, "holds only lines of the form", settings_of, STAGE, str(recipe))
+
+
+def test_every_recipe_sets_only_what_its_stage_has():
+    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "flickr8k": "mllm"}
+    for recipe in sorted(Path(__file__).parent.glob("config/[!_]*.py")):
+        stage = "scst" if "scst" in recipe.name else stages[recipe.name.split("_")[0]]
+        known = config.read_settings(Path(__file__).parent / f"{stage}.py")
+        for name, (value, _) in config.read_settings(recipe).items():
+            assert name in known and type(value) is type(known[name][0]), f"{recipe.name}: {name}"
+
+
+def test_help_lists_every_setting_and_its_reason():
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        gpt.main(["--help"])
+    settings = config.read_settings(gpt.__file__)
+    assert len(settings) > 20 and all(f"--{name}={value}" in printed.getvalue() and comment in printed.getvalue()
+                                      for name, (value, comment) in settings.items())
+
+
+def test_checkpoints_are_moved_into_place_and_hold_nothing_to_execute():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run", "best.pt")
+        config.save(path, {"model": {"w": torch.arange(3)}, "step": 2})
+        assert config.load(path, "train")["model"]["w"].tolist() == [0, 1, 2] and os.listdir(path.parent) == ["best.pt"]
+        raises(SystemExit, "train one first: python gpt.py", config.load, Path(folder, "none.pt"), "python gpt.py")
+        path.write_bytes(b"no checkpoint")
+        raises(SystemExit, "no checkpoint that can be read", config.load, path, "train")
+        torch.save({"evil": Path("x")}, path)
+        raises(SystemExit, "no checkpoint that can be read", config.load, path, "train")
+
+
+def test_a_new_run_keeps_the_old_checkpoints_under_another_name():
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
+        Path(folder, "best.pt").write_text("old")
+        config.open_run(folder, "scratch", {}, "train")
+        assert Path(folder, "best.old.pt").read_text() == "old" and not Path(folder, "best.pt").exists()
+        assert "best.old.pt" in printed.getvalue()
+
+
+def test_clock_takes_whichever_of_steps_and_minutes_is_further():
+    assert config.Clock(10, 0.0).progress(5) == 0.5 and config.Clock(10, 0.0).progress(11) == 1.0
+    assert abs(config.Clock(0, 1.0, seconds=30.0).progress(10 ** 6) - 0.5) < 0.01
+    assert config.Clock(10, 1.0, seconds=54.0).progress(5) > 0.89 and config.Clock(10, 100.0).progress(5) == 0.5
+    clock = config.Clock(0, 1.0)
+    with clock.paused():
+        time.sleep(0.2)
+    assert clock.seconds() < 0.1
+    raises(SystemExit, "max_steps or max_minutes", config.Clock, 0, 0.0)
+
+
+def test_optimizers_take_every_parameter_once_and_muon_the_matrices_of_the_blocks():
+    model = GPT(GPTConfig(vocab_size=11, n_layer=1, n_embd=8, n_head=2, positions="learned", tie_weights=False))
+    muon, adam = config.optimizers(model, 0.01, 0.001)
+    taken = [id(p) for o in (muon, adam) for g in o.param_groups for p in g["params"]]
+    assert sorted(taken) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for g in muon.param_groups for p in g["params"]} == {
+        f"decoder.blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "ff.up", "ff.proj")}
+    config.set_lr([muon, adam], 0.5)
+    assert muon.param_groups[0]["lr"] == 0.005 and adam.param_groups[0]["lr"] == 0.0005
+
+
+def test_shift_and_mirror():
+    images = torch.arange(2 * 3 * 5 * 5, dtype=torch.uint8).view(2, 3, 5, 5)
+    same = config.shift_and_mirror(images, 0, torch.tensor([False, True]))
+    assert torch.equal(same[0], images[0]) and torch.equal(same[1], images[1].flip(-1))
+    seen = set()
+    for _ in range(60):
+        moved = config.shift_and_mirror(images[1:], 1, torch.tensor([False]))[0]
+        padded = F.pad(images[1], (1, 1, 1, 1))
+        fits = [(i, j) for i in range(3) for j in range(3) if torch.equal(moved, padded[:, i:i + 5, j:j + 5])]
+        assert len(fits) == 1
+        seen.add(fits[0])
+    assert len(seen) == 9
+
+
+def test_downloads_resume_and_fall_back_to_the_second_source():
+    content, ranges = bytes(range(256)) * 40, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            ranges.append(start)
+            self.send_response(404 if "missing" in self.path else 206 if start else 200)
+            body = b"other" if "other" in self.path else content[start:]
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, md5 = f"http://127.0.0.1:{server.server_port}/", hashlib.md5(content).hexdigest()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
+        path = Path(folder, "data", "archive.zip")
+        path.parent.mkdir()
+        Path(f"{path}.partial").write_bytes(content[:1000])
+        assert config.download(path, [url + "missing", url + "right"], md5).read_bytes() == content and ranges == [1000, 1000]
+        path.unlink()
+        assert config.download(path, [url + "other", url + "right"], md5).read_bytes() == content
+        path.write_bytes(b"a person's own copy")
+        assert config.download(path, [], md5).read_bytes() == b"a person's own copy"
+        assert "not the official file" in printed.getvalue()
+        path.unlink()
+        raises(SystemExit, "fetch it by hand", config.download, path, [url + "missing"], md5)
+        assert os.listdir(path.parent) == []
+    server.shutdown()
+    server.server_close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics and reward
+
+
+def test_words_are_cut_as_the_caption_evaluation_does():
+    assert mllm.words_of('A man\'s T-shirt, "red"; he doesn\'t (quite) run.') == [
+        "a", "man", "'s", "t-shirt", "red", "he", "does", "n't", "quite", "run"]
+    assert mllm.words_of("two dogs ' toys ... 2.5 miles & cannot -- stop!") == [
+        "two", "dogs", "toys", "2.5", "miles", "&", "can", "not", "stop"]
+
+
+def test_bleu_by_hand():
+    # the second sentence of Papineni et al. 2002, section 2.1: "the" occurs at most twice in a reference, so 2 of 7 count
+    the = bleu(["the the the the the the the"], [["The cat is on the mat.", "There is a cat on the mat."]])
+    assert abs(the[0] - 2 / 7) < 1e-12 and the[1:] == [0, 0, 0]
+    # 3 of 4 words and 2 of 3 pairs match; the reference is longer by one word: brevity exp(1 - 5/4)
+    got, brevity = bleu(["a dog runs far"], [["a dog runs in grass"]]), math.exp(-0.25)
+    assert abs(got[0] - brevity * 3 / 4) < 1e-12 and abs(got[1] - brevity * math.sqrt(3 / 4 * 2 / 3)) < 1e-12
+    # counts are added over the corpus before they are divided; 2 words are as close to 1 as to 3, the shorter is taken
+    assert abs(bleu(["a b", "c d"], [["a", "a x y"], ["c d"]])[0] - 3 / 4) < 1e-12
+    assert bleu(["a b c d e"], [["x", "a b c d e"]]) == [1.0] * 4 and bleu([""], [["a"]]) == [0.0] * 4
+
+
+def test_cider_of_the_only_reference_is_ten():
+    mean, each = cider(["a dog runs on grass", "two men play football now"], [["A dog runs on grass."], ["two men play football now"]])
+    assert abs(mean - 10) < 1e-9 and each.shape == (2,)
+    assert cider(["two men play football now", "a dog runs on grass"], [["a dog runs on grass"], ["two men play football now"]])[0] == 0
+
+
+def test_cider_by_hand():
+    # two images; every ngram occurs in one image's references alone: idf = log 2, which cancels. Candidate "a b" has the
+    # vector (a: 1, b: 1), the reference (a: 1, b: 1, c: 1): cosine 2 / sqrt(6); bigrams (ab) and (ab, bc): 1 / sqrt(2);
+    # no longer ngrams. Lengths in bigrams 1 and 2: exp(-1 / 72). Mean over four n, times 10.
+    want = 10 * math.exp(-1 / 72) * (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4
+    assert abs(cider(["a b", "x"], [["a b c"], ["y z"]])[1][0] - want) < 1e-9
+    # a second reference that shares nothing halves it
+    assert abs(cider(["a b", "x"], [["a b c", "q r s"], ["y z"]])[1][0] - want / 2) < 1e-9
+    # clipping: "a a" counts the one a of the reference once, min(2, 1) * 1 / (2 * 1) for n = 1; lengths 1 and 0
+    assert abs(cider(["a a", "x"], [["a"], ["y"]])[1][0] - 10 * math.exp(-1 / 72) * 0.5 / 4) < 1e-9
+
+
+def test_cider_weighs_by_document_frequency():
+    references = [["a dog"], ["a cat"], ["a bird"]]
+    df, n = mllm.document_frequencies([[words_of(r) for r in refs] for refs in references])
+    assert n == 3 and df[("a",)] == 3 and df[("dog",)] == 1 and df[("a", "dog")] == 1
+    _, each = cider(["a", "cat", "a bird"], references)
+    assert each[0] == 0 and each[1] > 0  # "a" is in every image: it weighs nothing
+    assert cider(["a", "cat", "a bird"], references, df=({}, 3))[1][0] > 0  # counted elsewhere, it does
+
+
+def test_reward_sees_the_end_token_and_mixes_cider_with_bleu():
+    photos = [["a dog runs", "the dog runs fast"], ["two men sit", "men on a bench"]]
+    reward = scst.Reward(photos, cider_weight=1.0, bleu_weight=0.0)
+    ended, cut = reward([["a", "dog", "runs", scst.END], ["a", "dog", "runs"]], [0, 0]).tolist()
+    assert ended > cut > 0
+    mixed = scst.Reward(photos, cider_weight=0.5, bleu_weight=2.0)
+    bleu4 = mixed.smoothed_bleu4(["a", "dog", "runs", scst.END], 0)
+    assert abs(mixed([["a", "dog", "runs", scst.END]], [0]).item() - (0.5 * ended + 2 * bleu4)) < 1e-5 and bleu4 == 1.0
+    # "a dog", length 2, closest reference 4 with the end: 2/2, (1+1)/(1+1), (0+1)/(0+1) twice; brevity exp(1 - 4/2)
+    assert abs(mixed.smoothed_bleu4(["a", "dog"], 0) - math.exp(-1)) < 1e-12
+
+
+def test_advantages_of_both_baselines():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    assert torch.allclose(scst.advantages(rewards, torch.tensor([2.0, 1.0])), torch.tensor([[-1., 0, 4], [-1, -1, 2]]))
+    assert torch.allclose(scst.advantages(rewards), torch.tensor([[-3., -1.5, 4.5], [-1.5, -1.5, 3]]))
+
+
+def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
+    log_probs = torch.zeros(2, 4, requires_grad=True)
+    sampled, eos = torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), 2
+    scst.scst_loss(log_probs, sampled, torch.tensor([3.0, -6.0]), eos).backward()
+    assert torch.allclose(log_probs.grad, torch.tensor([[-0.5, -0.5, 0, 0], [1.0, 1, 1, 1]]))
+
+
+def test_a_caption_ends_badly_without_end_token_or_on_a_word_that_needs_another():
+    assert ends_badly(["a", "dog"], False) and ends_badly(["a", "dog", "in", "the"], True) and ends_badly([], True)
+    assert not ends_badly(["a", "dog", "runs"], True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def test_drawn_images_show_what_their_five_captions_say():
+    images, captions = mllm.draw_shapes(40, 48, seed=1)
+    again, _ = mllm.draw_shapes(40, 48, seed=1)
+    assert images.shape == (40, 3, 48, 48) and images.dtype == np.uint8 and np.array_equal(images, again)
+    for image, five in zip(images, captions):
+        said = {frozenset(mllm.attributes(c)) for c in five}
+        assert len(set(five)) == 5 and len(said) == 1 and len(next(iter(said))) in (1, 2)
+        for _, colour, _, place in next(iter(said)):  # the middle of the named place has the named colour
+            row, column = divmod(mllm.PLACES.index(place), 3)
+            assert np.abs(image[:, 8 + 16 * row, 8 + 16 * column].astype(int) - mllm.COLOURS[colour]).max() < 60
+    assert mllm.attributes("a small red circle") == set() != mllm.attributes("a small red circle in the top left")
+
+
+def test_sequences_put_the_image_first_and_shift_targets_by_one():
+    tokenizer = BPETokenizer.train(["a dog"], 261)
+    inputs, targets = mllm.make_sequences(["a dog", "a"], 3, tokenizer, max_tokens=10)
+    dog, a = tokenizer.encode("a dog"), tokenizer.encode("a")
+    image, bos, eos, pad = tokenizer.image_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    assert inputs[0].tolist() == [image] * 3 + [bos] + dog and targets[0].tolist() == [-1] * 3 + dog + [eos]
+    assert inputs[1].tolist()[:5] == [image] * 3 + [bos] + a and targets[1].tolist()[:5] == [-1] * 3 + a + [eos]
+    assert set(inputs[1].tolist()[5:]) == {pad} and set(targets[1].tolist()[5:]) == {-1}
+    cut = mllm.make_sequences(["a dog"], 0, tokenizer, max_tokens=3)[1][0].tolist()
+    assert cut == dog[:2] + [eos]
+
+
+def test_prepare_cifar_reads_the_binary_records():
+    records = np.random.default_rng(0).integers(0, 10, (10_000, prepare_cifar.RECORD), dtype=np.uint8)
+    blob = io.BytesIO()
+    with tarfile.open(fileobj=blob, mode="w") as tar:
+        for name, data in (("good.bin", records.tobytes()), ("short.bin", b"\0" * prepare_cifar.RECORD)):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    blob.seek(0)
+    with tarfile.open(fileobj=blob) as tar:
+        labels, images = prepare_cifar.read_batch(tar, "good.bin")
+        raises(SystemExit, "not a batch of CIFAR-10", prepare_cifar.read_batch, tar, "short.bin")
+    assert np.array_equal(labels, records[:, 0]) and images.shape == (10_000, 3, 32, 32)
+    assert images[7, 1, 2, 3] == records[7, 1 + 1024 + 2 * 32 + 3]  # red, then green, then blue; row by row
+
+
+def test_prepare_shakespeare_cuts_the_last_tenth_off():
+    with in_new_folder():
+        Path("data/shakespeare").mkdir(parents=True)
+        Path("data/shakespeare/input.txt").write_text("abcdefghij" * 10)
+        assert "not the official file" in run(prepare_shakespeare)
+        train, val = (np.load(f"data/shakespeare/{split}.npy") for split in ("train", "val"))
+        assert len(train) == 90 and val.tolist() == list(range(10))
+
+
+def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
+    with in_new_folder():
+        make_captioned_folder("mine", 20)
+        run(prepare_flickr8k, "--source=mine", "--out_dir=data/mine", "--size=16", "--vocab_size=280")
+        table = json.loads(Path("data/mine/captions.json").read_text())
+        assert {split: len(photos) for split, photos in table["splits"].items()} == {"train": 16, "val": 2, "test": 2}
+        assert sorted(sum(table["splits"].values(), [])) == list(range(20))
+        i = table["names"].index("3.png")
+        assert table["captions"][i] == ["picture 3, said a", "picture 3 said b"]
+        red, green, blue = np.load("data/mine/images.npy")[i]
+        assert set(red.flat) == {30} and not green.any() and not blue.any()
+        tokenizer = tokenizer_from_state(json.loads(Path("data/mine/tokenizer.json").read_text()))
+        stream = np.load("data/mine/val.npy").tolist()
+        assert stream.count(tokenizer.bos_id) == stream.count(tokenizer.eos_id) == 4 and "picture" in tokenizer.decode(stream)
+        tiny = ("--max_steps=2", "--max_minutes=0", "--eval_interval=2", "--device=cpu", "--dataset=mine")
+        run(gpt, "--out_dir=out/lm", *tiny, "--block_size=8", "--batch_size=2", "--n_layer=1", "--n_head=2", "--n_embd=8",
+            "--max_new_tokens=5")
+        said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8", "--vit_head=2",
+                   "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True", "--shift=1")
+        assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled images" in said
+        Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
+        raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine")
+        raises(SystemExit, "captions.txt is missing", run, prepare_flickr8k, "--source=.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stages, end to end at toy size
+
+
+@contextlib.contextmanager
+def in_new_folder():
+    """An empty working directory, as of a person who has just begun."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def run(stage, *argv):
+    """What stage.main(argv) prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        stage.main(list(argv))
+    return printed.getvalue()
+
+
+def make_captioned_folder(folder, n):
+    """n plain images and a captions.txt with two captions of each, one of them quoted."""
+    Path(folder).mkdir()
+    lines = ["image,caption"]
+    for i in range(n):
+        Image.new("RGB", (20, 12), (10 * i, 0, 0)).save(f"{folder}/{i}.png")
+        lines += [f'{i}.png,"Picture {i}, said A ."', f"{i}.png,Picture {i}  said B."]
+    Path(folder, "captions.txt").write_text("\n".join(lines))
+
+
+def make_toy_data():
+    """data/shakespeare and data/cifar10, tiny."""
+    text = "to be, or not to be: that is the question.\n" * 30
+    Path("data/shakespeare").mkdir(parents=True)
+    Path("data/shakespeare/input.txt").write_text(text)
+    run(prepare_shakespeare)
+    Path("data/cifar10").mkdir()
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 48), ("test", 20)):
+        np.save(f"data/cifar10/{split}_labels.npy", (np.arange(n) % 10).astype(np.uint8))
+        np.save(f"data/cifar10/{split}_images.npy", rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8))
+    Path("data/cifar10/classes.json").write_text(json.dumps([f"class{i}" for i in range(10)]))
+
+
+COMMON = ("--device=cpu", "--max_minutes=0", "--max_steps=6", "--eval_interval=2")
+TOY = {  # at least one source of randomness of each kind is on: batches, dropout, augmentation, sampling
+    gpt: (*COMMON, "--block_size=16", "--batch_size=4", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dropout=0.1",
+          "--max_new_tokens=20", "--out_dir=out/gpt"),
+    vit: (*COMMON, "--n_val=16", "--batch_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--image_size=32",
+          "--dropout=0.1", "--out_dir=out/vit"),
+    mllm: (*COMMON, "--n_drawn=80", "--batch_size=8", "--image_size=24", "--vit_layer=1", "--vit_head=2", "--vit_embd=16",
+           "--gpt_layer=1", "--gpt_head=2", "--gpt_embd=16", "--dropout=0.1", "--align_share=0.5", "--captions_per_photo=2",
+           "--mirror=True", "--shift=1", "--out_dir=out/mllm"),
+    scst: (*COMMON, "--batch_size=4", "--out_dir=out/scst", "--sft_dir=out/mllm"),
+}
+
+
+def log_rows(folder):
+    """The rows of log.csv without the columns that tell the time."""
+    with open(Path(folder, "log.csv"), newline="") as f:
+        return [{k: v for k, v in row.items() if k not in ("ms_per_step", "items_per_second", "minutes")}
+                for row in csv.DictReader(f)]
+
+
+def check_stage(stage, best):
+    """A run, the same run killed before its last checkpoint and resumed, and the same with fewer evaluations: bit for bit."""
+    args, folder = TOY[stage], TOY[stage][-1 if stage is not scst else -2].split("=")[1]
+    printed = run(stage, *args)
+    assert "step 6/6" in printed and Path(folder, best).exists() and list(Path(folder).glob("*.png"))
+    rows, weights = log_rows(folder), config.load(f"{folder}/last.pt", "")["model"]
+    elsewhere = args + (f"--out_dir={folder}_killed",)
+    with patched(config, "save", crash_at(6, config.save)):
+        raises(Killed, "", run, stage, *elsewhere)
+    assert config.load(f"{folder}_killed/last.pt", "")["step"] == 4
+    run(stage, *elsewhere, "--init_from=resume")
+    assert log_rows(f"{folder}_killed") == rows
+    resumed = config.load(f"{folder}_killed/last.pt", "")["model"]
+    assert all(torch.equal(w, resumed[name]) for name, w in weights.items())
+    run(stage, *args, f"--out_dir={folder}_quiet", "--eval_interval=3")
+    quiet = config.load(f"{folder}_quiet/last.pt", "")["model"]
+    assert all(torch.equal(w, quiet[name]) for name, w in weights.items())
+
+
+class Killed(Exception):
+    pass
+
+
+def crash_at(step, save):
+    """config.save, until it is given a checkpoint of that step."""
+
+    def crashing(path, checkpoint):
+        if checkpoint["step"] == step:
+            raise Killed
+        save(path, checkpoint)
+
+    return crashing
+
+
+@contextlib.contextmanager
+def patched(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def test_gpt_runs_resumes_and_writes():
+    with in_new_folder():
+        make_toy_data()
+        check_stage(gpt, "best.pt")
+        assert Path("out/gpt/sample.txt").read_text()
+        assert "val loss" in run(gpt, *TOY[gpt], "--eval_only=True")
+        said = run(gpt, *TOY[gpt], "--prompt=to be", "--num_samples=2")
+        assert said.count("to be") >= 2 and said == run(gpt, *TOY[gpt], "--prompt=to be", "--num_samples=2")
+        raises(SystemExit, "'#' is not in the vocabulary", run, gpt, *TOY[gpt], "--prompt=#")
+        ended = run(gpt, *TOY[gpt], "--max_steps=0", "--max_minutes=0.01", "--eval_interval=1000000", "--out_dir=out/timed")
+        assert "lr 0.0e+00" in ended
+
+
+def test_gpt_loss_of_a_split_is_over_all_of_it():
+    model = GPT(GPTConfig(vocab_size=7, block_size=4, n_layer=1, n_head=1, n_embd=8))
+    ids = torch.randint(7, (24,))
+    got = gpt.evaluate(model, ids, 4, 2, torch.device("cpu"), contextlib.nullcontext())
+    losses = [F.cross_entropy(model(ids[None, i:i + 4])[0][0][:len(ids) - 1 - i], ids[i + 1:i + 5], reduction="sum")
+              for i in range(0, 23, 4)]
+    assert abs(got - sum(losses).item() / 23) < 1e-5
+
+
+def test_vit_runs_resumes_and_classifies():
+    with in_new_folder():
+        make_toy_data()
+        check_stage(vit, "best.pt")
+        assert Path("out/vit/confusion.png").exists() and "test accuracy" in run(vit, *TOY[vit], "--init_from=resume")
+        assert "accuracy" in run(vit, *TOY[vit], "--eval_only=True", "--eval_split=test")
+        Image.new("RGB", (50, 40), (1, 2, 3)).save("photo.png")
+        Image.new("L", (9, 9)).save("grey.png")
+        said = run(vit, *TOY[vit], "--image=.")
+        assert said.count("%") == 10 and "photo.png" in said and Path("out/vit/classified.png").exists()
+        check_bad_images(vit)
+
+
+def check_bad_images(stage):
+    Path("text.txt").write_text("no image")
+    raises(SystemExit, "text.txt: not an image", run, stage, *TOY[stage], "--image=text.txt")
+    raises(SystemExit, "no such image", run, stage, *TOY[stage], "--image=none.png")
+
+
+def test_mllm_and_scst_run_resume_and_caption():
+    with in_new_folder():
+        make_toy_data()
+        run(vit, *TOY[vit])
+        check_stage(mllm, "sft.pt")
+        assert Path("out/mllm/align.pt").exists()
+        said = run(mllm, *TOY[mllm], "--vit_ckpt=out/vit/best.pt", "--out_dir=out/started")
+        assert "out/vit/best.pt" in said
+        assert "cider" in run(mllm, *TOY[mllm], "--eval_only=True", "--eval_split=test")
+        Image.new("RGB", (50, 40), (1, 2, 3)).save("photo.png")
+        assert "photo.png: " in run(mllm, *TOY[mllm], "--image=photo.png") and Path("out/mllm/captioned.png").exists()
+        check_bad_images(mllm)
+        check_stage(scst, "scst.pt")
+        for more in (("--baseline=leave_one_out", "--samples=3"), ("--bleu_weight=1.0",)):
+            said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
+            assert "before" in said and "after" in said and "validation CIDEr" in said
+        assert "cider" in run(scst, *TOY[scst], "--eval_only=True")
+        assert "photo.png: " in run(scst, *TOY[scst], "--image=photo.png")
+        raises(SystemExit, "at least 2", run, scst, *TOY[scst], "--baseline=leave_one_out", "--samples=1")
+
+
+def test_align_trains_the_connector_alone():
+    with in_new_folder():
+        args = (*TOY[mllm], "--max_steps=4", "--align_share=0.9", "--eval_interval=2")
+        seen = []
+        with patched(config, "save", lambda path, checkpoint: seen.append(
+                {name: w.clone() for name, w in checkpoint["model"].items()} | {"phase": checkpoint["phase"][0]})):
+            raises(SystemExit, "no checkpoint", run, mllm, *args)  # at the end, where it looks for what it saved
+        first, last = seen[0], [s for s in seen if s["phase"] == "align"][-1]
+        changed = {name.split(".")[0] for name in first if name != "phase" and not torch.equal(first[name], last[name])}
+        assert changed == {"connector"}
+
+
+def test_what_goes_wrong_ends_in_one_line():
+    with in_new_folder():
+        raises(SystemExit, "no data at data/shakespeare/train.npy yet; make it first: python prepare_shakespeare.py", run, gpt)
+        raises(SystemExit, "python prepare_cifar.py", run, vit)
+        raises(SystemExit, "python prepare_flickr8k.py", run, mllm, "--dataset=flickr8k")
+        raises(SystemExit, "train one first", run, gpt, "--prompt=a")
+        raises(SystemExit, "train one first", run, vit, "--eval_only=True")
+        raises(SystemExit, "train one first", run, mllm, "--image=a.png")
+        raises(SystemExit, "train one first: python mllm.py", run, scst)
+        raises(SystemExit, "train one first", run, mllm, *TOY[mllm], "--gpt_ckpt=none.pt")
+        make_toy_data()
+        raises(SystemExit, "not a multiple of n_head", run, gpt, *TOY[gpt], "--n_head=3")
+        raises(SystemExit, "is not to be had here", run, gpt, *TOY[gpt], "--device=cuda:99")
+        raises(SystemExit, "init_from=sft: scratch or resume", run, gpt, *TOY[gpt], "--init_from=sft")
+        raises(SystemExit, "norm 'batch': layer or rms", run, gpt, *TOY[gpt], "--norm=batch")
+        raises(SystemExit, "dtype=float64", run, gpt, *TOY[gpt], "--dtype=float64")
+        raises(SystemExit, "train one first", run, gpt, *TOY[gpt], "--init_from=resume")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
+    with in_new_folder():
+        make_toy_data()
+        raises(SystemExit, "at step", run, gpt, *TOY[gpt], "--adam_lr=1e30", "--grad_clip=0.0", "--warmup_steps=0")
+        assert all(w.isfinite().all() for w in config.load("out/gpt/last.pt", "")["model"].values())
+
+
+def test_a_stage_ends_with_status_1_and_no_traceback():
+    root = Path(__file__).parent
+    done = subprocess.run([sys.executable, root / "gpt.py", "--batchsize=3"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1 and "did you mean batch_size" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_only_the_five_packages_are_imported():
+    root, allowed = Path(__file__).parent, {"torch", "numpy", "PIL", "requests", "matplotlib"} | set(sys.stdlib_module_names)
+    own = {p.stem for p in root.glob("*.py")} | {"config"}
+    for file in (*root.glob("*.py"), root / "config" / "__init__.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {m.split(".")[0] for m in modules} <= allowed | own, file.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
