@@ -173,7 +173,7 @@ def main(argv=None):
                     config.save(out / "best.pt", checkpoint)
         if progress == 1:
             break
-        torch.manual_seed(seed * 1_000_003 + step)  # batch and dropout depend on the step alone, so that resuming is exact
+        torch.manual_seed(seed * 1_000_003 + step)  # batch and dropout depend on the step alone: resuming is exact
         x, y = get_batch(train_ids)
         with context:
             _, loss = run_model(x, y)
@@ -194,7 +194,8 @@ def main(argv=None):
     model.load_state_dict(config.load(out / "best.pt", train_with, dev)["model"])
     text = write_text(model, tokenizer, "" if hasattr(tokenizer, "bos_id") else "\n", dev, sampler)
     (out / "sample.txt").write_text(text, encoding="utf-8")
-    print(f"best validation loss {best:.4f} after {clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, sample.txt")
+    print(f"best validation loss {best:.4f} after {clock.seconds() / 60:.1f} minutes of training; "
+          f"wrote {out}/loss.png, sample.txt")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
     python mllm.py --image=photo.png                    caption a picture with what that run has learnt
     python prepare_flickr8k.py && python gpt.py config/captions_cpu.py && python mllm.py config/flickr8k_cpu.py
 
-Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2 left
-them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config files
-and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt, sft.pt (the
-best validation CIDEr, which scst.py starts from) and last.pt to out_dir.
+Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2
+left them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config
+files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt,
+sft.pt (the best validation CIDEr, which scst.py starts from) and last.pt to out_dir.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ gpt_head = 4
 gpt_embd = 128
 dropout = 0.0  # in the ViT and the GPT
 # optimization
-align_share = 0.0  # of the run is for the phase align; 0 where ViT and GPT start from nothing: there is nothing to align
+align_share = 0.0  # of the run is for the phase align; 0 where ViT and GPT start from nothing: nothing to align
 train_vit = True  # the phase sft trains the ViT too
 max_steps = 0  # 0: max_minutes alone decides
 max_minutes = 2.0  # 0: max_steps alone decides; else whichever comes first
@@ -76,7 +76,8 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), 
 SHAPES, SIZES = ("circle", "square", "triangle", "star", "cross"), ("small", "large")
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 WORDINGS = {  # {0} is the first shape and {1} its place; {2} and {3} are those of the second
-    1: ("a {0} in the {1}", "there is a {0} at the {1}", "the {1} holds a {0}", "one {0}, {1}", "i see a {0} in the {1}"),
+    1: ("a {0} in the {1}", "there is a {0} at the {1}", "the {1} holds a {0}", "one {0}, {1}",
+        "i see a {0} in the {1}"),
     2: ("a {0} in the {1} and a {2} in the {3}", "there is a {0} at the {1} and a {2} at the {3}",
         "the {1} holds a {0} and the {3} a {2}", "one {0}, {1}, and one {2}, {3}",
         "i see a {0} in the {1} and a {2} in the {3}")}
@@ -142,7 +143,9 @@ def load_captioned(dataset, image_size, n_drawn):
         tokenizer = BPETokenizer.train((c for i in splits["train"] for c in captions[i]), 400)
         names = [f"drawn image {i}" for i in order]
     else:
-        prepare = f"python prepare_flickr8k.py" + ("" if dataset == "flickr8k" else f" --source=DIR --out_dir=data/{dataset}")
+        prepare = "python prepare_flickr8k.py"
+        if dataset != "flickr8k":
+            prepare += f" --source=DIR --out_dir=data/{dataset}"
         images = np.array(config.load_data(f"data/{dataset}/images.npy", prepare))
         if images.shape[-1] != image_size:
             config.fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
@@ -228,7 +231,8 @@ def document_frequencies(references):
 class CiderD:
     """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
 
-    references: for each image a list of word lists. df: what document_frequencies() gives; None counts these references.
+    references: for each image a list of word lists. df: what document_frequencies() gives; None counts these
+    references.
     """
 
     sigma = 6.0
@@ -276,8 +280,8 @@ def cider(candidates, references, df=None):
 # evaluation and schedule
 
 SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length", "broken", "distinct", "all_right")
-UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are its "
-                 "his her their another two".split())  # a caption that ends so was cut off
+UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are "
+                 "its his her their another two".split())  # a caption that ends so was cut off
 
 
 @torch.no_grad()
@@ -301,8 +305,8 @@ def ends_badly(words, ended):
 def caption_scores(captions, ended, references):
     """{name: value} of what is reported about captions of photos; CIDEr and BLEU times 100, as papers print them.
 
-    shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a model
-    does not look. broken: the share without a proper ending. distinct: different captions over all captions.
+    shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a
+    model does not look. broken: the share without a proper ending. distinct: different captions over all captions.
     """
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references])
     words, n = [words_of(caption) for caption in captions], len(captions)
@@ -317,7 +321,7 @@ def caption_scores(captions, ended, references):
 
 @torch.no_grad()
 def caption_loss(model, data, split, max_tokens, dev, context, batch_size=250):
-    """Mean loss in nats a token, of one caption a photo (the first of the first photo, the second of the second, ...)."""
+    """Mean loss in nats a token, of one caption a photo: the first of the first photo, the second of the second, ..."""
     model.eval()
     total, count, photos = 0.0, 0, data["splits"][split]
     for first in range(0, len(photos), batch_size):
@@ -333,14 +337,15 @@ def caption_loss(model, data, split, max_tokens, dev, context, batch_size=250):
 
 
 def evaluate(model, data, split, max_tokens, dev, context):
-    """(scores, captions) of a split: those of caption_scores(), and for drawn shapes the share of captions in which every
-    attribute is right."""
+    """(scores, captions) of a split: those of caption_scores(), and for drawn shapes the share of captions in which
+    every attribute is right."""
     photos = data["splits"][split]
     captions, ended = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context)
     references = [data["captions"][p] for p in photos]
     scores = caption_scores(captions, ended, references)
     if data["names"][0].startswith("drawn"):
-        scores["all_right"] = 100 * float(np.mean([attributes(c) == attributes(r[0]) for c, r in zip(captions, references)]))
+        right = [attributes(c) == attributes(refs[0]) for c, refs in zip(captions, references)]
+        scores["all_right"] = 100 * float(np.mean(right))
     return scores, captions
 
 
@@ -354,7 +359,7 @@ def lr_factor(phase_step, phase_progress):
 
 
 def build_model(tokenizer):
-    """A new MLLM, its ViT and GPT taken from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
+    """A new MLLM, its ViT and GPT from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
     origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}
@@ -364,10 +369,10 @@ def build_model(tokenizer):
     if gpt_ckpt:
         loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py")
         if loaded["gpt"]["tokenizer"] != tokenizer.state():
-            config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on these captions")
+            config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
         if gpt_config.positions == "learned":
-            config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; train it with positions=rotary")
+            config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         if connector not in CONNECTORS:
             raise ValueError(f"connector {connector!r}: {', '.join(CONNECTORS)}")
@@ -474,7 +479,7 @@ def main(argv=None):
                     brief = ("cider", "bleu4", "shuffled", "all_right")
                     numbers |= {f"val_{name}": scores[name] for name in brief if name in scores}
                     config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
-                log.write(step, numbers, factor * adam_lr if made else None, batch_size * captions_per_photo, "captions",
+                log.write(step, numbers, factor * adam_lr if made else None, batch_size * captions_per_photo, "cap",
                           also={f"val_{name}": value for name, value in scores.items()})
                 losses = []
                 score = scores["cider"] if phase == "sft" else -numbers["val"]
@@ -523,7 +528,8 @@ def main(argv=None):
     scores, _ = evaluate(model, data, "test", max_tokens, dev, context)
     log.write(step, {}, also={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-    print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, {scores['cider']:.2f} against its own")
+    print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "
+          f"{scores['cider']:.2f} against their own")
     if "all_right" in scores:
         print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
     print(f"best validation CIDEr {best['sft']:.2f} after {clock.seconds() / 60:.1f} minutes of training; "

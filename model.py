@@ -210,8 +210,8 @@ class KVCache:
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary positions (RoFormer, Su et al. 2021): each pair of channels turns by an angle that grows with the position,
-    so that a query and a key see only how far they are apart. Channel i is paired with channel i + head_dim / 2."""
+    """Rotary positions (RoFormer, Su et al. 2021): each pair of channels turns by an angle that grows with the
+    position, so that a query and a key see only how far they are apart. Channel i pairs with i + head_dim / 2."""
 
     def __init__(self, head_dim, max_len, base=10000.0):
         super().__init__()
@@ -405,7 +405,8 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention to a memory (its weights exist only with cross=True), feed-forward."""
 
-    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None, cross=False):
+    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None,
+                 cross=False):
         super().__init__()
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
@@ -461,7 +462,7 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """n_layer decoder blocks and a last norm; always causal. block: what DecoderBlock takes beside n_embd and n_head."""
+    """n_layer decoder blocks and a last norm; always causal. block: what DecoderBlock takes but n_embd and n_head."""
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
         super().__init__()
@@ -564,7 +565,7 @@ class PatchEmbedding(nn.Module):
         if stem not in ("patch", "conv"):
             raise ValueError(f"stem {stem!r}: patch or conv")
         if stem == "conv" and patch_size & (patch_size - 1):
-            raise ValueError(f"the convolutional stem halves the image again and again: patch_size={patch_size} is no power of 2")
+            raise ValueError(f"the convolutional stem halves the image: patch_size={patch_size} is no power of 2")
         self.patch_size = patch_size
         if stem == "patch":
             self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
@@ -579,15 +580,15 @@ class PatchEmbedding(nn.Module):
     def forward(self, images):
         H, W = images.shape[-2:]
         if H % self.patch_size or W % self.patch_size:
-            raise ValueError(f"an image of {H}x{W} pixels does not divide into patches of {self.patch_size}x{self.patch_size}")
+            raise ValueError(f"{H}x{W} pixels do not divide into patches of {self.patch_size}x{self.patch_size}")
         return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C)
 
 
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2020) whose class logits come from the mean of the patch tokens.
 
-    Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised here, by buffers that travel with
-    the weights. Another size than config.image_size works: the positions are interpolated.
+    Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised here, by buffers that travel
+    with the weights. Another size than config.image_size works: the positions are interpolated.
     """
 
     def __init__(self, config):
@@ -648,8 +649,8 @@ class GPTConfig:
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: among the k likeliest alone. top_p:
-    among the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
+    """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: among the k likeliest alone.
+    top_p: among the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -819,8 +820,9 @@ class MLLMConfig:
 class MLLM(nn.Module):
     """ViT -> connector -> GPT, the image tokens standing in the text where the ids hold placeholders (image_id).
 
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens that encode() made, so that several captions of one image
-    share the work. The M * N tokens fill the placeholders of ids (B, T) row by row: one image a row, several, or none.
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens that encode() made, so that several captions of one
+    image share the work. The M * N tokens fill the placeholders of ids (B, T) row by row: one image a row, several,
+    or none.
     """
 
     def __init__(self, config):
@@ -862,8 +864,8 @@ class MLLM(nn.Module):
         return logits.index_fill(-1, torch.tensor([self.config.image_id], device=x.device), -math.inf)
 
     def forward(self, images, ids, targets=None):
-        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the logits of the
-        n positions at which any row has one, (B, n, vocab_size), and the loss: image positions need no output layer."""
+        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the logits of
+        the n positions at which any row has one, (B, n, vocab_size), and the loss: the rest needs no output layer."""
         x = self.gpt.hidden(self.embed(images, ids))
         if targets is None:
             return self.logits(x), None
@@ -890,11 +892,10 @@ class MLLM(nn.Module):
             tokens = images if images.dim() == 3 else self.encode(images)
             ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
             room = self.config.gpt.block_size - ids.size(1) + 1  # the last token is not read again
-            new = self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, self.config.eos_id, generator,
-                                  x=self.embed(tokens, ids), never=self.config.image_id)
-            new = list(new)
+            new = list(self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, self.config.eos_id,
+                                       generator, x=self.embed(tokens, ids), never=self.config.image_id))
         finally:
             self.train(was_training)
         if not new:
-            raise ValueError(f"{ids.size(1)} positions leave no room to write in block_size={self.config.gpt.block_size}")
+            raise ValueError(f"{ids.size(1)} positions leave no room in block_size={self.config.gpt.block_size}")
         return torch.stack(new, dim=1)

@@ -26,7 +26,7 @@ def read_batch(tar, name):
     """(labels (10000,), images (10000, 3, 32, 32)) of one member of the open archive."""
     records = np.frombuffer(tar.extractfile(f"cifar-10-batches-bin/{name}").read(), dtype=np.uint8).reshape(-1, RECORD)
     if len(records) != 10_000 or records[:, 0].max() > 9:
-        config.fail(f"{name} in the archive is not a batch of CIFAR-10; delete {out_dir}/cifar-10-binary.tar.gz and retry")
+        config.fail(f"{name} in {out_dir}/cifar-10-binary.tar.gz is no batch of CIFAR-10; delete the archive and retry")
     return records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
 
 

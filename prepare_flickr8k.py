@@ -1,9 +1,9 @@
 """
 Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, the official splits, and a tokenizer.
 
-    python prepare_flickr8k.py                                       6,000 / 1,000 / 1,000 photos of 64x64 pixels
-    python prepare_flickr8k.py --source=DIR --out_dir=data/mine      your own: DIR/*.jpg (or DIR/Images) and DIR/captions.txt,
-                                                                     a line `image,caption` each; split 80/10/10 by photo
+    python prepare_flickr8k.py                                    6,000 / 1,000 / 1,000 photos of 64x64 pixels
+    python prepare_flickr8k.py --source=DIR --out_dir=data/mine   your own: DIR/*.jpg (or DIR/Images), and DIR/captions.txt
+                                                                  with lines `image,caption`; split 80/10/10 by photo
 
 Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
 each split; tokenizer.json, a BPE trained on the training captions; and {train,val,test}.npy, the captions as one stream
@@ -51,8 +51,8 @@ def read_flickr8k(out):
         captions.setdefault(name.split("#")[0], []).append(clean(caption))  # one name, ...jpg.1, has no photo
     splits = {split: texts.read(name).decode().split() for split, (name, _) in SPLITS.items()}
     if len(paths) != 8091 or any(len(splits[split]) != n for split, (_, n) in SPLITS.items()):
-        config.fail(f"the archives in {out} are not Flickr8k (8,091 photos, 6,000/1,000/1,000 in the splits); delete them and retry")
-    return captions, splits, lambda name: Image.open(photos.open(paths[name]))  # open() checks the CRC at the end of the file
+        config.fail(f"the archives in {out} are not Flickr8k (8,091 photos, splits of 6,000, 1,000 and 1,000); delete them")
+    return captions, splits, lambda name: Image.open(photos.open(paths[name]))  # which checks the CRC at the end
 
 
 def read_folder(folder):
@@ -106,7 +106,7 @@ def main(argv=None):
         random.Random(0).shuffle(texts)
         ids = [i for c in texts for i in (tokenizer.bos_id, *tokenizer.encode(c), tokenizer.eos_id)]
         config.save_array(out / f"{split}.npy", np.array(ids, dtype=np.uint16))
-        print(f"{out}: {split}, {len(photos):,} photos, {len(texts):,} captions, {len(ids) / len(texts):.1f} tokens each")
+        print(f"{out}: {split}, {len(photos):,} photos, {len(texts):,} captions of {len(ids) / len(texts):.1f} tokens")
     config.save_json(out / "tokenizer.json", tokenizer.state())
     config.save_json(out / "captions.json", {"names": names, "captions": [captions[name] for name in names],
                                              "splits": {s: [index[n] for n in photos] for s, photos in splits.items()}})

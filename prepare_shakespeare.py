@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare -> data/shakespeare/{train,val}.npy: 1,115,394 characters, one uint16 id each, cut 90/10 as nanoGPT does.
+Tiny Shakespeare -> data/shakespeare/{train,val}.npy: 1,115,394 characters, a uint16 id each, cut 90/10 as nanoGPT does.
 
     python prepare_shakespeare.py
 """
@@ -29,7 +29,7 @@ def main(argv=None):
     config.save_array(out / "train.npy", ids[:cut])
     config.save_array(out / "val.npy", ids[cut:])
     config.save_json(out / "tokenizer.json", tokenizer.state())
-    print(f"{out}: {cut:,} characters to train on, {len(ids) - cut:,} to validate, {tokenizer.vocab_size} different ones")
+    print(f"{out}: {cut:,} characters to train on, {len(ids) - cut:,} to validate, {tokenizer.vocab_size} different")
 
 
 if __name__ == "__main__":

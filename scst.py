@@ -5,20 +5,20 @@ Stage 4: self-critical sequence training (Rennie et al. 2017) raises the caption
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
 
-Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model writes
-by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in proportion to
-how far it beats a baseline: the score of the model's own greedy caption (the self-critic), or the mean score of the photo's
-other samples. Starts from the sft.pt that mllm.py saved. Writes log.csv, scst.png, before_after.png, scst.pt (the best
-validation CIDEr) and last.pt to out_dir.
+Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
+writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
+proportion to how far it beats a baseline: the score of the model's own greedy caption (the self-critic), or the mean
+score of the photo's other samples. Starts from the sft.pt that mllm.py saved. Writes log.csv, scst.png,
+before_after.png, scst.pt (the best validation CIDEr) and last.pt to out_dir.
 
 Departures from the paper:
 - the model is a transformer that attends to image tokens, where the paper has an LSTM; the ViT stays frozen by default
 - the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and batches weigh alike)
-- the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the middle
-  of "in front of a", which costs CIDEr nothing
+- the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
+  middle of "in front of a", which costs CIDEr nothing
 - no curriculum over n-grams or beam search; AdamW with a linear warm-up and cool-down
-- the reward may hold smoothed sentence BLEU-4 (bleu_weight): from the second order on, one is added to matches and totals
-  (Lin and Och 2004)
+- the reward may hold smoothed sentence BLEU-4 (bleu_weight): from the second order on, one is added to matches and
+  totals (Lin and Och 2004)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
@@ -96,7 +96,7 @@ class Reward:
         return math.exp(log_precision + min(0.0, 1 - closest / len(words)))
 
     def __call__(self, captions, photos):
-        """captions: word lists, END last where the model ended it; photos: the index of each one's photo -> (n,) tensor"""
+        """captions: n word lists, END last where the model ended it; photos: the index of each one's photo -> (n,)"""
         scores = [self.cider_weight * self.cider.score(words, photo)
                   + (self.bleu_weight * self.smoothed_bleu4(words, photo) if self.bleu_weight else 0.0)
                   for words, photo in zip(captions, photos, strict=True)]
@@ -196,16 +196,16 @@ def main(argv=None):
         if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 scores, _ = evaluate("val")
-                numbers = {name: float(np.mean([row[name] for row in history])) for name in (history[0] if history else ())}
+                numbers = {name: float(np.mean([row[name] for row in history])) for name in columns[:6] if history}
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
                 log.write(step, numbers | brief, factor * lr, batch_size * samples, "captions", also=scores)
                 history = []
                 is_best, best = scores["val_cider"] > best, max(scores["val_cider"], best)
-                saved = {"model": model.state_dict(), "config": checkpoint["config"], "tokenizer": checkpoint["tokenizer"],
-                         "optimizers": [o.state_dict() for o in made], "settings": settings | {"max_tokens": max_tokens},
-                         "step": step, "best": best, "seconds": clock.seconds(), "sft": str(start_from),
-                         "sft_settings": sft, "image_transform": checkpoint["image_transform"]}
+                saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in made],
+                         "settings": settings | {"max_tokens": max_tokens}, "step": step, "best": best,
+                         "seconds": clock.seconds(), "sft": str(start_from), "sft_settings": sft,
+                         **{key: checkpoint[key] for key in ("config", "tokenizer", "image_transform")}}
                 config.save(out / "last.pt", saved)
                 if is_best:
                     config.save(out / "scst.pt", saved)
@@ -222,7 +222,8 @@ def main(argv=None):
             sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
             prompts = model.prompt(len(sampled), tokens.size(1), dev)
             log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]  # (B * K, T)
-            greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens) if baseline == "greedy" else None
+            if baseline == "greedy":
+                greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
         captions = to_words(sampled, tokenizer)
         rewards = reward(captions, [i for i in rows for _ in range(samples)]).view(-1, samples)  # (B, K)
         greedy_rewards = reward(to_words(greedy, tokenizer), rows) if baseline == "greedy" else None

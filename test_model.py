@@ -43,9 +43,9 @@ import vit
 from mllm import bleu, cider, ends_badly, words_of
 from model import (
     GPT, MLLM, BPETokenizer, CharTokenizer, DecoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm,
-    LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
-    SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
-    padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
+    LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm,
+    RotaryEmbedding, SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig,
+    causal_mask, padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
 )
 
 
@@ -300,9 +300,8 @@ def test_cached_attention_equals_one_full_pass():
 
 def test_norms_equal_torch_in_values_and_gradients():
     x = (3 * torch.randn(2, 5, 16) + 1).requires_grad_()
-    formula = lambda x, w, b: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * w + b
-    layer = shake(LayerNorm(16))
-    close(layer(x), formula(x, layer.weight, layer.bias))
+    layer, centred = shake(LayerNorm(16)), x - x.mean(dim=-1, keepdim=True)
+    close(layer(x), centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias)
     for ours, theirs in ((layer, nn.LayerNorm(16)), (RMSNorm(16), nn.RMSNorm(16, eps=1e-5))):
         theirs.load_state_dict(shake(ours).state_dict())
         close(ours(x), theirs(x))
@@ -856,7 +855,8 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
         path = Path(folder, "data", "archive.zip")
         path.parent.mkdir()
         Path(f"{path}.partial").write_bytes(content[:1000])
-        assert config.download(path, [url + "missing", url + "right"], md5).read_bytes() == content and ranges == [1000, 1000]
+        assert config.download(path, [url + "missing", url + "right"], md5).read_bytes() == content
+        assert ranges == [1000, 1000]
         path.unlink()
         assert config.download(path, [url + "other", url + "right"], md5).read_bytes() == content
         path.write_bytes(b"a person's own copy")
@@ -881,7 +881,7 @@ def test_words_are_cut_as_the_caption_evaluation_does():
 
 
 def test_bleu_by_hand():
-    # the second sentence of Papineni et al. 2002, section 2.1: "the" occurs at most twice in a reference, so 2 of 7 count
+    # the example of Papineni et al. 2002, section 2.1: "the" occurs at most twice in a reference, so 2 of 7 count
     the = bleu(["the the the the the the the"], [["The cat is on the mat.", "There is a cat on the mat."]])
     assert abs(the[0] - 2 / 7) < 1e-12 and the[1:] == [0, 0, 0]
     # 3 of 4 words and 2 of 3 pairs match; the reference is longer by one word: brevity exp(1 - 5/4)
@@ -893,14 +893,15 @@ def test_bleu_by_hand():
 
 
 def test_cider_of_the_only_reference_is_ten():
-    mean, each = cider(["a dog runs on grass", "two men play football now"], [["A dog runs on grass."], ["two men play football now"]])
+    dog, men = "a dog runs on grass", "two men play football now"
+    mean, each = cider([dog, men], [["A dog runs on grass."], [men]])
     assert abs(mean - 10) < 1e-9 and each.shape == (2,)
-    assert cider(["two men play football now", "a dog runs on grass"], [["a dog runs on grass"], ["two men play football now"]])[0] == 0
+    assert cider([men, dog], [[dog], [men]])[0] == 0
 
 
 def test_cider_by_hand():
-    # two images; every ngram occurs in one image's references alone: idf = log 2, which cancels. Candidate "a b" has the
-    # vector (a: 1, b: 1), the reference (a: 1, b: 1, c: 1): cosine 2 / sqrt(6); bigrams (ab) and (ab, bc): 1 / sqrt(2);
+    # two images; every ngram occurs in one image's references alone: idf = log 2, which cancels. Candidate "a b" has
+    # the vector (a: 1, b: 1), the reference (a: 1, b: 1, c: 1): cosine 2 / sqrt(6); bigrams (ab), (ab, bc): 1 / sqrt(2);
     # no longer ngrams. Lengths in bigrams 1 and 2: exp(-1 / 72). Mean over four n, times 10.
     want = 10 * math.exp(-1 / 72) * (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4
     assert abs(cider(["a b", "x"], [["a b c"], ["y z"]])[1][0] - want) < 1e-9
@@ -1016,12 +1017,14 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         assert set(red.flat) == {30} and not green.any() and not blue.any()
         tokenizer = tokenizer_from_state(json.loads(Path("data/mine/tokenizer.json").read_text()))
         stream = np.load("data/mine/val.npy").tolist()
-        assert stream.count(tokenizer.bos_id) == stream.count(tokenizer.eos_id) == 4 and "picture" in tokenizer.decode(stream)
+        assert stream.count(tokenizer.bos_id) == stream.count(tokenizer.eos_id) == 4
+        assert "picture" in tokenizer.decode(stream)
         tiny = ("--max_steps=2", "--max_minutes=0", "--eval_interval=2", "--device=cpu", "--dataset=mine")
-        run(gpt, "--out_dir=out/lm", *tiny, "--block_size=8", "--batch_size=2", "--n_layer=1", "--n_head=2", "--n_embd=8",
-            "--max_new_tokens=5")
-        said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8", "--vit_head=2",
-                   "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True", "--shift=1")
+        run(gpt, "--out_dir=out/lm", *tiny, "--block_size=8", "--batch_size=2", "--n_layer=1", "--n_head=2",
+            "--n_embd=8", "--max_new_tokens=5")
+        said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8",
+                   "--vit_head=2", "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True",
+                   "--shift=1")
         assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled images" in said
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
         raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine")
@@ -1081,9 +1084,9 @@ TOY = {  # at least one source of randomness of each kind is on: batches, dropou
           "--max_new_tokens=20", "--out_dir=out/gpt"),
     vit: (*COMMON, "--n_val=16", "--batch_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--image_size=32",
           "--dropout=0.1", "--out_dir=out/vit"),
-    mllm: (*COMMON, "--n_drawn=80", "--batch_size=8", "--image_size=24", "--vit_layer=1", "--vit_head=2", "--vit_embd=16",
-           "--gpt_layer=1", "--gpt_head=2", "--gpt_embd=16", "--dropout=0.1", "--align_share=0.5", "--captions_per_photo=2",
-           "--mirror=True", "--shift=1", "--out_dir=out/mllm"),
+    mllm: (*COMMON, "--n_drawn=80", "--batch_size=8", "--image_size=24", "--vit_layer=1", "--vit_head=2",
+           "--vit_embd=16", "--gpt_layer=1", "--gpt_head=2", "--gpt_embd=16", "--dropout=0.1", "--align_share=0.5",
+           "--captions_per_photo=2", "--mirror=True", "--shift=1", "--out_dir=out/mllm"),
     scst: (*COMMON, "--batch_size=4", "--out_dir=out/scst", "--sft_dir=out/mllm"),
 }
 
@@ -1096,7 +1099,7 @@ def log_rows(folder):
 
 
 def check_stage(stage, best):
-    """A run, the same run killed before its last checkpoint and resumed, and the same with fewer evaluations: bit for bit."""
+    """A run; the same killed before its last checkpoint and resumed; the same with fewer evaluations: bit for bit."""
     args, folder = TOY[stage], TOY[stage][-1 if stage is not scst else -2].split("=")[1]
     printed = run(stage, *args)
     assert "step 6/6" in printed and Path(folder, best).exists() and list(Path(folder).glob("*.png"))
@@ -1148,7 +1151,7 @@ def test_gpt_runs_resumes_and_writes():
         said = run(gpt, *TOY[gpt], "--prompt=to be", "--num_samples=2")
         assert said.count("to be") >= 2 and said == run(gpt, *TOY[gpt], "--prompt=to be", "--num_samples=2")
         raises(SystemExit, "'#' is not in the vocabulary", run, gpt, *TOY[gpt], "--prompt=#")
-        ended = run(gpt, *TOY[gpt], "--max_steps=0", "--max_minutes=0.01", "--eval_interval=1000000", "--out_dir=out/timed")
+        ended = run(gpt, *TOY[gpt], "--max_steps=0", "--max_minutes=0.01", "--eval_interval=999", "--out_dir=out/timed")
         assert "lr 0.0e+00" in ended
 
 
@@ -1215,7 +1218,8 @@ def test_align_trains_the_connector_alone():
 
 def test_what_goes_wrong_ends_in_one_line():
     with in_new_folder():
-        raises(SystemExit, "no data at data/shakespeare/train.npy yet; make it first: python prepare_shakespeare.py", run, gpt)
+        raises(SystemExit, "no data at data/shakespeare/train.npy yet", run, gpt)
+        raises(SystemExit, "make it first: python prepare_shakespeare.py", run, gpt)
         raises(SystemExit, "python prepare_cifar.py", run, vit)
         raises(SystemExit, "python prepare_flickr8k.py", run, mllm, "--dataset=flickr8k")
         raises(SystemExit, "train one first", run, gpt, "--prompt=a")
@@ -1246,7 +1250,7 @@ def test_a_stage_ends_with_status_1_and_no_traceback():
 
 
 def test_only_the_five_packages_are_imported():
-    root, allowed = Path(__file__).parent, {"torch", "numpy", "PIL", "requests", "matplotlib"} | set(sys.stdlib_module_names)
+    root, allowed = Path(__file__).parent, {"torch", "numpy", "PIL", "requests", "matplotlib", *sys.stdlib_module_names}
     own = {p.stem for p in root.glob("*.py")} | {"config"}
     for file in (*root.glob("*.py"), root / "config" / "__init__.py"):
         for node in ast.walk(ast.parse(file.read_text())):

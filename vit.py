@@ -5,8 +5,8 @@ Stage 1: a vision transformer learns CIFAR-10.
     python vit.py config/cifar_cpu.py --image=cat.jpg
 
 Settings are overridden from the left to the right by config files and --key=value; --help lists them. A run writes
-log.csv, loss.png, confusion.png and the checkpoints best.pt and last.pt to out_dir. The best checkpoint is chosen on 5,000
-images held out from the 50,000; the 10,000 test images are read once, at the end.
+log.csv, loss.png, confusion.png and the checkpoints best.pt and last.pt to out_dir. The best checkpoint is chosen on
+5,000 images held out from the 50,000; the 10,000 test images are read once, at the end.
 """
 
 import dataclasses
@@ -109,7 +109,8 @@ def report(confusion, classes, path):
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(confusion.tolist()):
         for j, count in enumerate(row):
-            axis.text(j, i, count, ha="center", va="center", fontsize=8, color="white" if share[i, j] > 0.5 else "black")
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axis.text(j, i, count, ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="what the model says", ylabel="what it is")
@@ -149,7 +150,8 @@ def main(argv=None):
         if eval_split not in data:
             config.fail(f"eval_split={eval_split}: {', '.join(data)}")
         loss, accuracy, confusion = evaluate(model, *data[eval_split], dev, context)
-        print(f"{out / 'best.pt'}, step {checkpoint['step']}: {eval_split} loss {loss:.4f}, accuracy {100 * accuracy:.2f}%")
+        print(f"{out / 'best.pt'}, step {checkpoint['step']}: "
+              f"{eval_split} loss {loss:.4f}, accuracy {100 * accuracy:.2f}%")
         report(confusion, classes, out / "confusion.png")
         return
 
@@ -158,9 +160,9 @@ def main(argv=None):
     resumed = config.open_run(out, init_from, settings, train_with)
     torch.manual_seed(seed)
     pixels = images.float()
-    model_config = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(classes), dropout, activation, norm, stem,
-                             label_smoothing, tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
-                             tuple(pixels.std(dim=(0, 2, 3)).tolist()))
+    pixel_mean, pixel_std = pixels.mean(dim=(0, 2, 3)).tolist(), pixels.std(dim=(0, 2, 3)).tolist()
+    model_config = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(classes), dropout, activation, norm,
+                             stem, label_smoothing, tuple(pixel_mean), tuple(pixel_std))
     del pixels
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         model = ViT(ViTConfig(**resumed["config"]) if resumed else model_config)
@@ -187,7 +189,8 @@ def main(argv=None):
             with clock.paused():
                 val, accuracy, _ = evaluate(model, *data["val"], dev, context)
                 numbers = {"train": float(np.mean(losses))} if losses else {}
-                log.write(step, numbers | {"val": val, "val_accuracy": 100 * accuracy}, factor * adam_lr, batch_size, "img")
+                numbers |= {"val": val, "val_accuracy": 100 * accuracy}
+                log.write(step, numbers, factor * adam_lr, batch_size, "img")
                 losses = []
                 is_best, best = accuracy > best, max(accuracy, best)
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
@@ -201,7 +204,7 @@ def main(argv=None):
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0 or step == start:  # each image once an epoch, in an order that depends on the epoch alone
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        torch.manual_seed(seed * 1_000_003 + step)  # augmentation and dropout depend on the step alone: resuming is exact
+        torch.manual_seed(seed * 1_000_003 + step)  # augmentation and dropout hang on the step alone: resuming is exact
         batch = order[position * batch_size:(position + 1) * batch_size].to(dev)
         x = config.shift_and_mirror(images[batch], shift, torch.rand(batch_size) < 0.5)
         with context:

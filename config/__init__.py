@@ -45,7 +45,7 @@ def one_line_errors(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            raise SystemExit("\nstopped by hand; what was saved is kept (a training run goes on with --init_from=resume)")
+            raise SystemExit("\nstopped by hand; what was saved is kept (training goes on with --init_from=resume)")
         except OSError as e:  # no such folder, no permission, no space left on the disk
             fail(str(e))
 
@@ -120,7 +120,8 @@ def override(stage, argv=None):
             changes, where = {key: text}, "command line"
         elif arg.endswith(".py"):
             if not Path(arg).is_file():
-                fail(f"{arg}: no such config file; there are {', '.join(map(str, sorted(Path('config').glob('[!_]*.py'))))}")
+                there_are = ", ".join(str(p) for p in sorted(Path("config").glob("[!_]*.py")))
+                fail(f"{arg}: no such config file; there are {there_are}")
             changes, where = {key: value for key, (value, _) in read_settings(arg, strict=True).items()}, arg
         else:
             fail(f"{arg}: neither a config file (*.py) nor --key=value")
@@ -232,7 +233,8 @@ def shift_and_mirror(images, shift, mirrored):
     top, left = torch.randint(2 * shift + 1, (2, B))
     rows, columns = top[:, None] + torch.arange(H), left[:, None] + torch.arange(W)  # (B, H), (B, W)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    each, rows, columns = (i.to(images.device) for i in (torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]))
+    index = torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]
+    each, rows, columns = (i.to(images.device) for i in index)
     return padded[each, :, rows, columns].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
 
@@ -271,7 +273,8 @@ def load(path, train_with, device="cpu"):
 def open_run(out_dir, init_from, settings, resume_with, start="scratch"):
     """Make out_dir ready and return the checkpoint to go on from: last.pt with init_from=resume, else None.
 
-    start: the stage's other word for init_from. A run that starts anew renames the checkpoints that it finds to *.old.pt; a resumed one says which settings differ.
+    start: the stage's other word for init_from. A run that starts anew renames the checkpoints that it finds to
+    *.old.pt; a resumed one says which settings differ.
     """
     out_dir = Path(out_dir)
     if init_from not in (start, "resume"):
@@ -323,7 +326,8 @@ class Log:
             text.append(f"lr {lr:.1e}")
             if step > last_step:
                 rate = items / pace
-                text += [f"{1000 * pace:.0f} ms/step", f"{rate / 1000:.1f}k {unit}/s" if rate > 9999 else f"{rate:.0f} {unit}/s"]
+                short = f"{rate / 1000:.1f}k" if rate > 9999 else f"{rate:.0f}"
+                text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s"]
                 text += [f"{int(left) // 60}m{int(left) % 60:02d}s left"]
                 row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{rate:.1f}"}
             row |= {"lr": f"{lr:.4e}"}
@@ -370,13 +374,14 @@ def save_grid(path, images, titles, columns=4, width=34):
     rows = math.ceil(len(images) / columns)
     wrapped = ["\n".join(textwrap.fill(line, width) for line in title.splitlines()) for title in titles]
     deepest = max(text.count("\n") + 1 for text in wrapped)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, rows * (2.6 + 0.19 * deepest)), squeeze=False)
+    height = rows * (2.6 + 0.19 * deepest)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, text in zip(axes.flat, images, wrapped):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
         axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
-    figure.subplots_adjust(0.02, 0.19 * deepest / (rows * (2.6 + 0.19 * deepest)), 0.98, 0.99, 0.05, 0.22 * deepest / 2.6)
+    figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / 2.6)
     figure.savefig(path, dpi=90)
     plt.close(figure)
     print(f"wrote {path}")
