@@ -901,7 +901,7 @@ def test_cider_of_the_only_reference_is_ten():
 
 def test_cider_by_hand():
     # two images; every ngram occurs in one image's references alone: idf = log 2, which cancels. Candidate "a b" has
-    # the vector (a: 1, b: 1), the reference (a: 1, b: 1, c: 1): cosine 2 / sqrt(6); bigrams (ab), (ab, bc): 1 / sqrt(2);
+    # the vector (a: 1, b: 1), the reference (a: 1, b: 1, c: 1): cosine 2 / sqrt(6); bigrams ab, (ab, bc): 1 / sqrt(2);
     # no longer ngrams. Lengths in bigrams 1 and 2: exp(-1 / 72). Mean over four n, times 10.
     want = 10 * math.exp(-1 / 72) * (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4
     assert abs(cider(["a b", "x"], [["a b c"], ["y z"]])[1][0] - want) < 1e-9
@@ -1199,6 +1199,10 @@ def test_mllm_and_scst_run_resume_and_caption():
         for more in (("--baseline=leave_one_out", "--samples=3"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
             assert "before" in said and "after" in said and "validation CIDEr" in said
+        run(scst, *TOY[scst], "--dtype=bfloat16", "--out_dir=out/bf16")
+        first, last = (config.load(f"out/{name}.pt", "")["model"] for name in ("mllm/sft", "bf16/last"))
+        assert {name for name in first if not torch.equal(first[name], last[name])} == {
+            name for name in first if name.split(".")[0] in ("connector", "gpt")}  # autocast loses no gradient
         assert "cider" in run(scst, *TOY[scst], "--eval_only=True")
         assert "photo.png: " in run(scst, *TOY[scst], "--image=photo.png")
         raises(SystemExit, "at least 2", run, scst, *TOY[scst], "--baseline=leave_one_out", "--samples=1")
