@@ -1,9 +1,9 @@
 """
 Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, the official splits, and a tokenizer.
 
-    python prepare_flickr8k.py                                    6,000 / 1,000 / 1,000 photos of 64x64 pixels
-    python prepare_flickr8k.py --source=DIR --out_dir=data/mine   your own: DIR/*.jpg or DIR/Images, and DIR/captions.txt
-                                                                  with lines `image,caption`; split 80/10/10 by photo
+    python prepare_flickr8k.py                                   6,000 / 1,000 / 1,000 photos of 64x64 pixels
+    python prepare_flickr8k.py --source=DIR --out_dir=data/mine  your own: DIR/*.jpg (or DIR/Images), DIR/captions.txt
+                                                                 with lines `image,caption`; split 80/10/10 by photo
 
 Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
 each split; tokenizer.json, a BPE trained on the training captions; and {train,val,test}.npy, the captions as one stream
@@ -51,7 +51,7 @@ def read_flickr8k(out):
         captions.setdefault(name.split("#")[0], []).append(clean(caption))  # one name, ...jpg.1, has no photo
     splits = {split: texts.read(name).decode().split() for split, (name, _) in SPLITS.items()}
     if len(paths) != 8091 or any(len(splits[split]) != n for split, (_, n) in SPLITS.items()):
-        config.fail(f"the archives in {out} are not Flickr8k (8,091 photos, splits of 6,000, 1,000, 1,000); delete them")
+        config.fail(f"the archives in {out} are not Flickr8k (8,091 photos, splits 6,000/1,000/1,000); delete them")
     return captions, splits, lambda name: Image.open(photos.open(paths[name]))  # which checks the CRC at the end
 
 

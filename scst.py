@@ -216,16 +216,12 @@ def main(argv=None):
         rows = order[position * batch_size:(position + 1) * batch_size].tolist()  # of the training split
         sampler = torch.Generator(dev).manual_seed(seed * 1_000_003 + step)  # the step alone decides: resuming is exact
 
-        # Sampling has an autocast context of its own: one keeps the weights that it has cast to bfloat16, and those that
-        # it cast without gradient would get none in the second pass either.
-        images = data["images"][[splits["train"][i] for i in rows]].to(dev)
         with context:
+            images = data["images"][[splits["train"][i] for i in rows]].to(dev)
             tokens = model.encode(images).repeat_interleave(samples, dim=0)  # (B * K, N, C), each photo's K in a row
-        with context:
             sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
             if baseline == "greedy":
                 greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
-        with context:
             prompts = model.prompt(len(sampled), tokens.size(1), dev)
             log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]  # (B * K, T)
         captions = to_words(sampled, tokenizer)
