@@ -525,7 +525,8 @@ def main(argv=None):
 
     config.plot(out, right=("val_cider",))
     model.load_state_dict(config.load(out / "sft.pt", train_with, dev)["model"])
-    scores, _ = evaluate(model, data, "test", max_tokens, dev, context)
+    with clock.paused():
+        scores, _ = evaluate(model, data, "test", max_tokens, dev, context)
     log.write(step, {}, also={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
     print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "

@@ -250,7 +250,8 @@ def main(argv=None):
     for when, weights in (("before", before), ("after", after)):
         model.load_state_dict(weights)
         for split in ("val", "test"):
-            scores, captions = evaluate(split)
+            with clock.paused():
+                scores, captions = evaluate(split)
             table.append((when, split, scores))
         pictures.append(captions[:len(shown)])  # of the test split
     log.write(step, {}, also={f"{when}_test_{name}": value for when, split, scores in table if split == "test"

@@ -224,7 +224,8 @@ def main(argv=None):
 
     config.plot(out, right=("val_accuracy",))
     model.load_state_dict(config.load(out / "best.pt", train_with, dev)["model"])
-    _, accuracy, confusion = evaluate(model, *data["test"], dev, context)
+    with clock.paused():
+        _, accuracy, confusion = evaluate(model, *data["test"], dev, context)
     log.write(step, {"test_accuracy": 100 * accuracy})
     report(confusion, classes, out / "confusion.png")
     print(f"validation accuracy {100 * best:.2f}%, test accuracy {100 * accuracy:.2f}% "
