@@ -82,7 +82,7 @@ class BPETokenizer:
         if vocab_size < cls.n_special + 256:
             raise ValueError(f"vocab_size must be at least {cls.n_special + 256}: the special ids and every byte")
         count = Counter(piece for text in texts for piece in cls.pieces.findall(text))
-        words = [([cls.n_special + b for b in piece.encode()], n) for piece, n in count.items()]
+        words = [([cls.n_special + b for b in piece.encode("utf-8", "surrogatepass")], n) for piece, n in count.items()]
         pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
         for w, (ids, n) in enumerate(words):
             for pair in zip(ids, ids[1:]):
@@ -266,7 +266,7 @@ class MultiHeadAttention(nn.Module):
             weight, bias = self.qkv.weight, self.qkv.bias
             q = self._heads(F.linear(x, weight[:C], None if bias is None else bias[:C]))
             if cache is not None and cache.length:
-                k, v = cache.k, cache.v
+                k, v = cache.k[:, :, :cache.length], cache.v[:, :, :cache.length]
             else:
                 kv = F.linear(context, weight[C:], None if bias is None else bias[C:])
                 k, v = (self._heads(t) for t in kv.chunk(2, dim=-1))
@@ -722,7 +722,7 @@ class GPT(nn.Module):
             x = self.embedding(ids[:, -block_size:]) if x is None else x
             for _ in range(max_new_tokens):
                 if caches[0][0].length + x.size(1) > block_size:
-                    caches, x = self.decoder.new_caches(block_size), self.embedding(ids[:, -(block_size // 2):])
+                    caches, x = self.decoder.new_caches(block_size), self.embedding(ids[:, -max(1, block_size // 2):])
                 logits = self.head(self.hidden(x, caches)[:, -1])  # (B, vocab_size)
                 if never is not None:
                     logits[:, never] = -math.inf
@@ -875,7 +875,7 @@ class MLLM(nn.Module):
 
     def log_probs(self, images, ids):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0 and at placeholders."""
-        x = self.gpt.hidden(self.embed(images, ids[:, :-1]))  # (B, T - 1, C)
+        x = self.gpt.hidden(self.embed(images, ids)[:, :-1])  # (B, T - 1, C)
         wanted = ids[:, 1:] != self.config.image_id  # (B, T - 1)
         log_p = -F.cross_entropy(self.logits(x[wanted]).float(), ids[:, 1:][wanted], reduction="none")  # (n,)
         return F.pad(torch.zeros_like(wanted, dtype=log_p.dtype).masked_scatter(wanted, log_p), (1, 0))
@@ -892,10 +892,10 @@ class MLLM(nn.Module):
             tokens = images if images.dim() == 3 else self.encode(images)
             ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
             room = self.config.gpt.block_size - ids.size(1) + 1  # the last token is not read again
+            if room < 1:
+                raise ValueError(f"{ids.size(1)} positions leave no room in block_size={self.config.gpt.block_size}")
             new = list(self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, self.config.eos_id,
                                        generator, x=self.embed(tokens, ids), never=self.config.image_id))
         finally:
             self.train(was_training)
-        if not new:
-            raise ValueError(f"{ids.size(1)} positions leave no room in block_size={self.config.gpt.block_size}")
-        return torch.stack(new, dim=1)
+        return torch.stack(new, dim=1) if new else ids[:, :0]
