@@ -168,9 +168,9 @@ def main(argv=None):
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
                               "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
                               "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds()}
-                config.save(out / "last.pt", checkpoint)
                 if is_best:
                     config.save(out / "best.pt", checkpoint)
+                config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
         if progress == 1:
             break
         torch.manual_seed(seed * 1_000_003 + step)  # batch and dropout depend on the step alone: resuming is exact

@@ -174,8 +174,10 @@ def make_sequences(captions, n_image_tokens, tokenizer, max_tokens):
 
 def get_batch(data, photos, n_image_tokens):
     """images (B, 3, H, W), and inputs, targets (B * captions_per_photo, T): random captions of each, photo by photo."""
-    picked = [[data["captions"][p][c] for c in torch.randperm(len(data["captions"][p]))[:captions_per_photo]]
-              for p in photos]
+    picked = []
+    for captions in (data["captions"][p] for p in photos):
+        order = torch.randperm(len(captions)).tolist()  # a photo with fewer captions repeats them
+        picked.append([captions[order[i % len(order)]] for i in range(captions_per_photo)])
     may_mirror = torch.tensor([mirror and not any(re.search(r"\b(left|right)\b", c) for c in each) for each in picked])
     images = config.shift_and_mirror(data["images"][photos], shift, may_mirror & (torch.rand(len(photos)) < 0.5))
     return images, *make_sequences([c for each in picked for c in each], n_image_tokens, data["tokenizer"], max_tokens)
@@ -490,10 +492,10 @@ def main(argv=None):
                               "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
                               "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds(),
                               "phase": (phase, phase_start, phase_from), "image_transform": {"size": image_size}}
-                if phase:
-                    config.save(out / "last.pt", checkpoint)
                 if is_best:
                     config.save(out / f"{phase}.pt", checkpoint)
+                if phase:  # last: a run killed in between does this evaluation again
+                    config.save(out / "last.pt", checkpoint)
         if progress == 1:
             break
         if switch:

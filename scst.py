@@ -206,9 +206,9 @@ def main(argv=None):
                          "settings": settings | {"max_tokens": max_tokens}, "step": step, "best": best,
                          "seconds": clock.seconds(), "sft": str(start_from), "sft_settings": sft,
                          **{key: checkpoint[key] for key in ("config", "tokenizer", "image_transform")}}
-                config.save(out / "last.pt", saved)
                 if is_best:
                     config.save(out / "scst.pt", saved)
+                config.save(out / "last.pt", saved)  # last: a run killed in between does this evaluation again
         if progress == 1:
             break
         epoch, position = divmod(step, steps_per_epoch)

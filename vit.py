@@ -196,9 +196,9 @@ def main(argv=None):
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
                               "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
                               "classes": classes, "best": best, "seconds": clock.seconds()}
-                config.save(out / "last.pt", checkpoint)
                 if is_best:
                     config.save(out / "best.pt", checkpoint)
+                config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
         if progress == 1:
             break
         epoch, position = divmod(step, steps_per_epoch)
