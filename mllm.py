@@ -172,14 +172,20 @@ def make_sequences(captions, n_image_tokens, tokenizer, max_tokens):
     return inputs, targets
 
 
+def augment(images, captions, shift, mirror):
+    """(B, 3, H, W) images, moved by up to shift pixels and, where mirror is on, half of them mirrored, but none of whose
+    captions (a list for each image) one says left or right."""
+    sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
+    return config.shift_and_mirror(images, shift, (torch.rand(len(images)) < 0.5) & ~sided & mirror)
+
+
 def get_batch(data, photos, n_image_tokens):
     """images (B, 3, H, W), and inputs, targets (B * captions_per_photo, T): random captions of each, photo by photo."""
     picked = []
     for captions in (data["captions"][p] for p in photos):
         order = torch.randperm(len(captions)).tolist()  # a photo with fewer captions repeats them
         picked.append([captions[order[i % len(order)]] for i in range(captions_per_photo)])
-    may_mirror = torch.tensor([mirror and not any(re.search(r"\b(left|right)\b", c) for c in each) for each in picked])
-    images = config.shift_and_mirror(data["images"][photos], shift, may_mirror & (torch.rand(len(photos)) < 0.5))
+    images = augment(data["images"][photos], picked, shift, mirror)
     return images, *make_sequences([c for each in picked for c in each], n_image_tokens, data["tokenizer"], max_tokens)
 
 

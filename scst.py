@@ -214,11 +214,13 @@ def main(argv=None):
         epoch, position = divmod(step, steps_per_epoch)
         order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         rows = order[position * batch_size:(position + 1) * batch_size].tolist()  # of the training split
-        sampler = torch.Generator(dev).manual_seed(seed * 1_000_003 + step)  # the step alone decides: resuming is exact
-
+        torch.manual_seed(seed * 1_000_003 + step)  # augmentation and samples hang on the step alone: resuming is exact
+        sampler = torch.Generator(dev).manual_seed(seed * 1_000_003 + step)
+        photos = [splits["train"][i] for i in rows]
+        said = [data["captions"][p] for p in photos]
+        images = mllm.augment(data["images"][photos], said, sft["shift"], sft["mirror"])  # as in the training before
         with context:
-            images = data["images"][[splits["train"][i] for i in rows]].to(dev)
-            tokens = model.encode(images).repeat_interleave(samples, dim=0)  # (B * K, N, C), each photo's K in a row
+            tokens = model.encode(images.to(dev)).repeat_interleave(samples, dim=0)  # (B * K, N, C), each photo's K in a row
             sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
             if baseline == "greedy":
                 greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
