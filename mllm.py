@@ -173,8 +173,8 @@ def make_sequences(captions, n_image_tokens, tokenizer, max_tokens):
 
 
 def augment(images, captions, shift, mirror):
-    """(B, 3, H, W) images, moved by up to shift pixels and, where mirror is on, half of them mirrored, but none of whose
-    captions (a list for each image) one says left or right."""
+    """(B, 3, H, W) images, moved by up to shift pixels; with mirror half of them mirrored, but none of which a caption
+    (captions: a list for each image) says left or right."""
     sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
     return config.shift_and_mirror(images, shift, (torch.rand(len(images)) < 0.5) & ~sided & mirror)
 

@@ -220,7 +220,7 @@ def main(argv=None):
         said = [data["captions"][p] for p in photos]
         images = mllm.augment(data["images"][photos], said, sft["shift"], sft["mirror"])  # as in the training before
         with context:
-            tokens = model.encode(images.to(dev)).repeat_interleave(samples, dim=0)  # (B * K, N, C), each photo's K in a row
+            tokens = model.encode(images.to(dev)).repeat_interleave(samples, dim=0)  # (B * K, N, C), photo by photo
             sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
             if baseline == "greedy":
                 greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
