@@ -121,10 +121,12 @@ def main(argv=None):
     sampler = torch.Generator(dev).manual_seed(seed)
 
     if prompt or eval_only:  # use what a run has learnt
-        checkpoint = config.load(out / "best.pt", train_with, dev)
+        checkpoint = config.load(out / "best.pt", train_with, dev, has="vocab_size")
         model, tokenizer = GPT(GPTConfig(**checkpoint["config"])).to(dev), tokenizer_from_state(checkpoint["tokenizer"])
         model.load_state_dict(checkpoint["model"])
         if eval_only:
+            if dataset == "shakespeare" and eval_split not in ("train", "val"):
+                config.fail(f"eval_split={eval_split}: train or val; Tiny Shakespeare has no other")
             loss = evaluate(model, load_split(eval_split), model.config.block_size, batch_size, dev, context)
             print(f"{out / 'best.pt'}, step {checkpoint['step']}: {eval_split} loss {loss:.4f}")
             return
@@ -133,19 +135,22 @@ def main(argv=None):
             print("-" * 40)
         return
 
+    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, block_size=block_size, n_layer=n_layer)
     train_ids, val_ids = load_split("train").to(dev), load_split("val")
-    tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", f"python prepare_{dataset}.py"))
-    resumed = config.open_run(out, init_from, settings, train_with)
+    if len(train_ids) <= block_size or len(val_ids) < 2:
+        config.fail(f"data/{dataset} is too small for windows of block_size={block_size} tokens")
+    tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", "prepare it again"))
+    resumed = config.resume(out, init_from, settings, train_with)
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
                              positions, tie_weights=tie_weights)
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config).to(dev)
-    made = config.optimizers(model, muon_lr, adam_lr, weight_decay)
+    optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     start, best = 0, math.inf
     if resumed:
         model.load_state_dict(resumed["model"])
-        for optimizer, state in zip(made, resumed["optimizers"]):
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
         start, best = resumed["step"], resumed["best"]
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
@@ -161,12 +166,13 @@ def main(argv=None):
         if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 val = evaluate(model, val_ids, model.config.block_size, batch_size, dev, context)
+                config.check_finite(val, step, out)
                 numbers = {"train": float(np.mean(losses)), "val": val} if losses else {"val": val}
                 log.write(step, numbers, factor * adam_lr, batch_size * block_size, "tok")
                 losses = []
                 is_best, best = val < best, min(val, best)
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
-                              "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
+                              "optimizers": [o.state_dict() for o in optimizers], "settings": settings, "step": step,
                               "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds()}
                 if is_best:
                     config.save(out / "best.pt", checkpoint)
@@ -178,15 +184,13 @@ def main(argv=None):
         with context:
             _, loss = run_model(x, y)
         loss.backward()
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        config.set_lr(made, factor)
-        for optimizer in made:
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        losses.append(loss.item())
+        config.check_finite(losses[-1] + grad_norm.item(), step, out)
+        config.set_lr(optimizers, factor)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            config.fail(f"the loss is {losses[-1]} at step {step}; {out / 'last.pt'} is the last good checkpoint")
         step += 1
         config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
 

@@ -38,7 +38,7 @@ dataset = "shapes"  # drawn here; or the folder under data/ that prepare_flickr8
 n_drawn = 10000  # images to draw: a twentieth to validate, as many to test, the rest to train on
 image_size = 48  # pixels a side that the model sees
 shift = 0  # training photos move by up to so many pixels; 0 where a caption says in which part a shape lies
-mirror = False  # mirror half of the training photos, unless a caption says left or right
+mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
 batch_size = 64  # photos a step
 captions_per_photo = 1  # captions a photo in a step: its image tokens are computed once
 max_tokens = 40  # longest caption
@@ -135,8 +135,9 @@ def attributes(caption):
 
 def load_captioned(dataset, image_size, n_drawn):
     """Images with captions, as a dict: images (n, 3, image_size, image_size) uint8, names and captions (lists of n),
-    splits {train, val, test: indices}, tokenizer."""
+    drawn (whether they are drawn here), splits {train, val, test: indices}, tokenizer."""
     if dataset == "shapes":
+        config.at_least(40, n_drawn=n_drawn)
         images, captions = draw_shapes(n_drawn, image_size, seed=0)
         order, some = range(n_drawn), n_drawn // 20
         splits = {"train": order[2 * some:], "val": order[:some], "test": order[some:2 * some]}
@@ -153,7 +154,7 @@ def load_captioned(dataset, image_size, n_drawn):
         table = config.load_data(f"data/{dataset}/captions.json", prepare)
         names, captions, splits = table["names"], table["captions"], table["splits"]
         tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", prepare))
-    return {"images": torch.from_numpy(images), "names": names, "captions": captions,
+    return {"images": torch.from_numpy(images), "names": names, "captions": captions, "drawn": dataset == "shapes",
             "splits": {split: list(indices) for split, indices in splits.items()}, "tokenizer": tokenizer}
 
 
@@ -275,8 +276,9 @@ class CiderD:
 def cider(candidates, references, df=None):
     """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's).
 
-    candidates: list of str; references: a list of str for each candidate. A caption that is its only reference scores
-    10 (if no other image's references share its words). df: document_frequencies() of other references than these.
+    candidates: list of str; references: a list of str for each candidate. A caption of four words or more that is its
+    only reference scores 10 (unless all images share its words). df: document_frequencies() of other references than
+    these.
     """
     assert len(candidates) == len(references), "one list of references for each candidate"
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
@@ -351,7 +353,7 @@ def evaluate(model, data, split, max_tokens, dev, context):
     captions, ended = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context)
     references = [data["captions"][p] for p in photos]
     scores = caption_scores(captions, ended, references)
-    if data["names"][0].startswith("drawn"):
+    if data["drawn"]:
         right = [attributes(c) == attributes(refs[0]) for c, refs in zip(captions, references)]
         scores["all_right"] = 100 * float(np.mean(right))
     return scores, captions
@@ -372,10 +374,10 @@ def build_model(tokenizer):
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
     origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}
     if vit_ckpt:
-        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py")
+        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has="n_classes")
         vit_config = dataclasses.replace(ViTConfig(**loaded["vit"]["config"]), dropout=dropout)
     if gpt_ckpt:
-        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py")
+        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py", has="vocab_size")
         if loaded["gpt"]["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
@@ -384,7 +386,10 @@ def build_model(tokenizer):
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         if connector not in CONNECTORS:
             raise ValueError(f"connector {connector!r}: {', '.join(CONNECTORS)}")
-        n_image_tokens = (image_size // (vit_config.patch_size * CONNECTORS[connector].fold)) ** 2
+        step = vit_config.patch_size * CONNECTORS[connector].fold  # pixels a side that become one image token
+        if image_size % step:
+            raise ValueError(f"image_size={image_size} is not a multiple of {step}, the pixels of one image token")
+        n_image_tokens = (image_size // step) ** 2
         gpt_config = dataclasses.replace(gpt_config, block_size=n_image_tokens + max_tokens)
         model = MLLM(MLLMConfig(vit_config, gpt_config, connector))
     for part, checkpoint in loaded.items():
@@ -405,23 +410,30 @@ def start_phase(model, phase):
     return config.optimizers(model, muon_lr, adam_lr, weight_decay)
 
 
-def load_captioner(path, train_with, dev):
-    """(model, tokenizer, checkpoint) of a file that this stage or scst.py saved."""
-    checkpoint = config.load(path, train_with, dev)
+def load_captioner(path, train_with, dev, with_data=False):
+    """(model, tokenizer, checkpoint) of a file that this stage or scst.py saved; with_data: in the tokenizer's place
+    the data that it was trained on, as of load_captioned(), with the tokenizer of the checkpoint in it."""
+    checkpoint = config.load(path, train_with, dev, has="connector")
     model = MLLM(MLLMConfig.from_dict(checkpoint["config"])).to(dev)
     model.load_state_dict(checkpoint["model"])
-    return model, tokenizer_from_state(checkpoint["tokenizer"]), checkpoint
+    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    if not with_data:
+        return model, tokenizer, checkpoint
+    sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of this stage
+    data = load_captioned(sft["dataset"], sft["image_size"], sft["n_drawn"])
+    return model, data | {"tokenizer": tokenizer}, checkpoint
 
 
 def caption_files(path, train_with, where, out, dev, context):
     """Print the captions of the images at where, and draw them."""
     model, tokenizer, checkpoint = load_captioner(path, train_with, dev)
-    photos = config.open_images(where, 256)  # for the picture; the model sees the pixels of its own size
-    inputs = torch.stack([pixels for _, pixels in config.open_images(where, checkpoint["image_transform"]["size"])])
+    photos, size = config.open_images(where), checkpoint["image_transform"]["size"]
+    inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
     captions, _ = write_captions(model, inputs, tokenizer, checkpoint["settings"]["max_tokens"], dev, context)
     for (name, _), caption in zip(photos, captions):
         print(f"{name}: {caption}")
-    config.save_grid(out / "captioned.png", [pixels for _, pixels in photos], captions, min(4, len(photos)))
+    pictures = [config.to_pixels(photo, 256) for _, photo in photos]
+    config.save_grid(out / "captioned.png", pictures, captions, min(4, len(photos)))
 
 
 @config.one_line_errors
@@ -429,22 +441,26 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python mllm.py (with the same config)"
     context = config.autocast(dev, dtype)
+    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, captions_per_photo=captions_per_photo,
+                    vit_layer=vit_layer, gpt_layer=gpt_layer, max_tokens=max_tokens)
+    if not 0 <= align_share < 1:
+        config.fail(f"align_share={align_share}: at least 0 and below 1, since the run ends with the phase sft")
     if image:
         caption_files(out / "sft.pt", train_with, image, out, dev, context)
         return
 
-    data = load_captioned(dataset, image_size, n_drawn)
-    tokenizer, splits = data["tokenizer"], data["splits"]
     if eval_only:
-        if eval_split not in splits:
-            config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
-        model, data["tokenizer"], checkpoint = load_captioner(out / "sft.pt", train_with, dev)
-        scores, _ = evaluate(model, data, eval_split, max_tokens, dev, context)
+        model, data, checkpoint = load_captioner(out / "sft.pt", train_with, dev, with_data=True)
+        if eval_split not in data["splits"]:
+            config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
+        scores, _ = evaluate(model, data, eval_split, checkpoint["settings"]["max_tokens"], dev, context)
         print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
               + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return
 
-    resumed = config.open_run(out, init_from, settings, train_with)
+    data = load_captioned(dataset, image_size, n_drawn)
+    tokenizer, splits = data["tokenizer"], data["splits"]
+    resumed = config.resume(out, init_from, settings, train_with)
     torch.manual_seed(seed)
     if resumed:
         model = MLLM(MLLMConfig.from_dict(resumed["config"]))
@@ -459,12 +475,14 @@ def main(argv=None):
     for part, where in origin.items():
         print(f"{part:<9} {sum(p.numel() for p in getattr(model, part).parameters()):>10,} parameters, {where}")
 
-    start, best, phase, phase_start, phase_from, made = 0, {"align": -math.inf, "sft": -1.0}, None, 0, 0.0, []
+    start, best, factor = 0, {"align": -math.inf, "sft": -1.0}, 0.0
+    phase, phase_start, phase_from = "align" if align_share > 0 else "sft", 0, 0.0  # since which step and progress
     if resumed:
         start, best = resumed["step"], resumed["best"]
         phase, phase_start, phase_from = resumed["phase"]
-        made = start_phase(model, phase)
-        for optimizer, state in zip(made, resumed["optimizers"]):
+    optimizers = start_phase(model, phase)
+    if resumed:
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
     columns = ["phase", "train", "val", *(f"{split}_{name}" for split in ("val", "test") for name in SCORES)]
@@ -476,37 +494,34 @@ def main(argv=None):
     steps_per_epoch = max(1, len(splits["train"]) // batch_size)
     while True:
         progress = clock.progress(step)
-        switch = phase != ("align" if progress < align_share else "sft")
-        if (step % eval_interval == 0 or progress == 1 or (switch and phase)) and not (resumed and step == start):
+        switch = phase == "align" and progress >= align_share
+        if (step % eval_interval == 0 or progress == 1 or switch) and not (resumed and step == start):
             with clock.paused():
-                numbers = {"phase": phase or "start", "train": float(np.mean(losses))} if losses else {"phase": "start"}
-                scores = {}
+                scores, numbers = {}, {"phase": phase} | ({"train": float(np.mean(losses))} if losses else {})
                 numbers["val"] = caption_loss(model, data, "val", max_tokens, dev, context)
+                config.check_finite(numbers["val"], step, out)
                 if phase == "sft":
                     scores, captions = evaluate(model, data, "val", max_tokens, dev, context)
                     brief = ("cider", "bleu4", "shuffled", "all_right")
                     numbers |= {f"val_{name}": scores[name] for name in brief if name in scores}
                     config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
-                log.write(step, numbers, factor * adam_lr if made else None, batch_size * captions_per_photo, "cap",
-                          also={f"val_{name}": value for name, value in scores.items()})
+                log.write(step, numbers, factor * adam_lr, batch_size * captions_per_photo, "captions",
+                          file_only={f"val_{name}": value for name, value in scores.items()})
                 losses = []
                 score = scores["cider"] if phase == "sft" else -numbers["val"]
-                is_best = phase and score > best[phase]
-                if is_best:
-                    best[phase] = score
+                is_best, best[phase] = score > best[phase], max(score, best[phase])
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
-                              "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
+                              "optimizers": [o.state_dict() for o in optimizers], "settings": settings, "step": step,
                               "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds(),
                               "phase": (phase, phase_start, phase_from), "image_transform": {"size": image_size}}
                 if is_best:
                     config.save(out / f"{phase}.pt", checkpoint)
-                if phase:  # last: a run killed in between does this evaluation again
-                    config.save(out / "last.pt", checkpoint)
+                config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
         if progress == 1:
             break
         if switch:
-            phase, phase_start, phase_from = ("align" if progress < align_share else "sft"), step, progress
-            made = start_phase(model, phase)
+            phase, phase_start, phase_from = "sft", step, progress
+            optimizers = start_phase(model, phase)
         phase_end = align_share if phase == "align" else 1.0
         factor = lr_factor(step - phase_start, (progress - phase_from) / (phase_end - phase_from))
 
@@ -519,23 +534,23 @@ def main(argv=None):
             tokens = model.encode(images.to(dev)).repeat_interleave(captions_per_photo, dim=0)
             _, loss = run_model(tokens, inputs.to(dev), targets.to(dev))
         loss.backward()
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        config.set_lr(made, factor)
-        for optimizer in made:
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        losses.append(loss.item())
+        config.check_finite(losses[-1] + grad_norm.item(), step, out)
+        config.set_lr(optimizers, factor)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            config.fail(f"the loss is {losses[-1]} at step {step}; {out / 'last.pt'} is the last good checkpoint")
         step += 1
         config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
 
     config.plot(out, right=("val_cider",))
+    if not (out / "sft.pt").is_file():
+        config.fail("the run was over before the phase sft began; give it more steps or minutes")
     model.load_state_dict(config.load(out / "sft.pt", train_with, dev)["model"])
     with clock.paused():
         scores, _ = evaluate(model, data, "test", max_tokens, dev, context)
-    log.write(step, {}, also={f"test_{name}": value for name, value in scores.items()})
+    log.write(step, {}, file_only={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
     print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "
           f"{scores['cider']:.2f} against their own")

@@ -233,7 +233,8 @@ class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-, cross- and cached attention in one class.
 
     n_embd: channels in and out; rotary: a RotaryEmbedding for self-attention, or None; fused: run torch's kernel, which
-    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above.
+    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above (which is taken all the
+    same for bfloat16 on a CPU, where it is the faster one).
     """
 
     def __init__(self, n_embd, n_head, dropout=0.0, bias=True, rotary=None, fused=True):
@@ -273,7 +274,6 @@ class MultiHeadAttention(nn.Module):
                 if cache is not None:
                     k, v = cache.append(k, v)
         Tk, dropout_p = k.size(2), self.dropout if self.training else 0.0
-        # the CPU's fused kernel is 2 to 4 times slower in bfloat16 than two plain matrix products
         fused = self.fused and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
         is_causal = causal and mask is None and Tq == Tk and fused  # the kernel has this one mask built in
         if causal and not is_causal and Tq > 1:
@@ -488,7 +488,7 @@ class Transformer(nn.Module):
 
     def __init__(self, vocab_size, n_layer=6, n_embd=512, n_head=8, max_len=512, pad_id=0, dropout=0.1):
         super().__init__()
-        self.pad_id, self.n_embd, self.max_len = pad_id, n_embd, max_len
+        self.pad_id, self.n_embd = pad_id, n_embd
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = SinusoidalPositionalEncoding(n_embd, max_len)
         self.dropout = nn.Dropout(dropout)
@@ -596,6 +596,8 @@ class ViT(nn.Module):
         self.config = c = config
         self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(1, 3, 1, 1))
+        if c.image_size % c.patch_size:
+            raise ValueError(f"image_size={c.image_size} is not a multiple of patch_size={c.patch_size}")
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
@@ -654,7 +656,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    if top_k:
+    if top_k and top_k > 0:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p and top_p < 1.0:
@@ -706,10 +708,10 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None, x=None,
-               never=None):
-        """Yields the next (B,) ids, one position at a time; what generate() takes, and x: embeddings of the prompt that
-        stand in for those of ids; never: an id that is not to be written.
+    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
+               prompt=None, never=None):
+        """Yields the next (B,) ids, one position at a time; what generate() takes, and prompt: embeddings that stand
+        in for those of ids; never: an id that is not to be written.
 
         The cache serves as long as the text fits block_size. Then the newer half of it is read afresh into an empty
         cache, so that the cost of a token stays bounded; the model forgets what came before that half.
@@ -719,7 +721,7 @@ class GPT(nn.Module):
         try:
             ended = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
             caches = self.decoder.new_caches(block_size)
-            x = self.embedding(ids[:, -block_size:]) if x is None else x
+            x = self.embedding(ids[:, -block_size:]) if prompt is None else prompt
             for _ in range(max_new_tokens):
                 if caches[0][0].length + x.size(1) > block_size:
                     caches, x = self.decoder.new_caches(block_size), self.embedding(ids[:, -max(1, block_size // 2):])
@@ -895,7 +897,7 @@ class MLLM(nn.Module):
             if room < 1:
                 raise ValueError(f"{ids.size(1)} positions leave no room in block_size={self.config.gpt.block_size}")
             new = list(self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, self.config.eos_id,
-                                       generator, x=self.embed(tokens, ids), never=self.config.image_id))
+                                       generator, prompt=self.embed(tokens, ids), never=self.config.image_id))
         finally:
             self.train(was_training)
         return torch.stack(new, dim=1) if new else ids[:, :0]

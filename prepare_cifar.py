@@ -8,6 +8,7 @@ nothing needs to be unpickled.
 """
 
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def read_batch(tar, name):
     """(labels (10000,), images (10000, 3, 32, 32)) of one member of the open archive."""
     records = np.frombuffer(tar.extractfile(f"cifar-10-batches-bin/{name}").read(), dtype=np.uint8).reshape(-1, RECORD)
     if len(records) != 10_000 or records[:, 0].max() > 9:
-        config.fail(f"{name} in {out_dir}/cifar-10-binary.tar.gz is no batch of CIFAR-10; delete the archive and retry")
+        config.fail(f"{name} in {out_dir}/cifar-10-binary.tar.gz is not a batch of CIFAR-10; delete it and retry")
     return records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
 
 
@@ -40,7 +41,7 @@ def main(argv=None):
             classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
             train = [read_batch(tar, f"data_batch_{i}.bin") for i in range(1, 6)]
             test = [read_batch(tar, "test_batch.bin")]
-    except (tarfile.TarError, KeyError, EOFError, ValueError) as e:
+    except (tarfile.TarError, KeyError, EOFError, ValueError, zlib.error) as e:
         config.fail(f"{archive} is broken ({e}); delete it and run this again")
     for split, batches in (("train", train), ("test", test)):
         labels, images = (np.concatenate(part) for part in zip(*batches))

@@ -13,6 +13,7 @@ of token ids for gpt.py. Captions are stored as the model is to say them: lower 
 import csv
 import random
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def read_folder(folder):
     if not file.is_file():
         config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}")
     captions = {}
-    with open(file, newline="", encoding="utf-8") as f:
+    with open(file, newline="", encoding="utf-8-sig") as f, config.one_line(UnicodeDecodeError):
         for row in csv.reader(f, skipinitialspace=True):
             if len(row) >= 2 and row[:2] != ["image", "caption"]:
                 captions.setdefault(row[0], []).append(clean(",".join(row[1:])))
@@ -82,9 +83,12 @@ def read_folder(folder):
 def main(argv=None):
     config.override(globals(), argv)
     out = Path(out_dir)
+    config.at_least(1, size=size)
+    if source and out == Path("data/flickr8k"):
+        config.fail("your own photos need a folder of their own beside Flickr8k's, such as --out_dir=data/mine")
     try:
         captions, splits, open_photo = read_folder(Path(source)) if source else read_flickr8k(out)
-    except (zipfile.BadZipFile, KeyError, EOFError) as e:
+    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
         config.fail(f"an archive in {out} is broken ({e}); delete it and run this again")
     out.mkdir(parents=True, exist_ok=True)
     names = [name for split in splits.values() for name in split]
@@ -92,7 +96,7 @@ def main(argv=None):
     for i, name in enumerate(names):
         try:
             images[i] = config.to_pixels(open_photo(name), size).numpy()
-        except (OSError, KeyError, zipfile.BadZipFile) as e:
+        except (OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as e:
             config.fail(f"{name} cannot be read as an image ({e})")
         if i % 100 == 0:
             config.show_progress(f"packing photo {i}/{len(names)}")
@@ -100,7 +104,8 @@ def main(argv=None):
     config.save_array(out / "images.npy", images)
 
     index = {name: i for i, name in enumerate(names)}
-    tokenizer = BPETokenizer.train((c for name in splits["train"] for c in captions[name]), vocab_size)
+    with config.one_line(ValueError):  # a vocab_size that does not hold the bytes
+        tokenizer = BPETokenizer.train((c for name in splits["train"] for c in captions[name]), vocab_size)
     for split, photos in splits.items():  # shuffled: in the stream no caption stands beside another of its photo
         texts = [c for name in photos for c in captions[name]]
         random.Random(0).shuffle(texts)

@@ -8,7 +8,7 @@ Stage 4: self-critical sequence training (Rennie et al. 2017) raises the caption
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
 proportion to how far it beats a baseline: the score of the model's own greedy caption (the self-critic), or the mean
-score of the photo's other samples. Starts from the sft.pt that mllm.py saved. Writes log.csv, scst.png,
+score of the photo's other samples. Starts from the sft.pt that mllm.py saved. Writes log.csv, loss.png,
 before_after.png, scst.pt (the best validation CIDEr) and last.pt to out_dir.
 
 Departures from the paper:
@@ -152,14 +152,12 @@ def main(argv=None):
         mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context)
         return
 
-    resumed = None
-    if init_from != "sft" and not eval_only:
-        resumed = config.open_run(out, init_from, settings, train_with, start="sft")
+    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, samples=samples)
+    resumed = None if eval_only else config.resume(out, init_from, settings, train_with, start="sft")
     start_from = out / "scst.pt" if eval_only else Path(resumed["sft"]) if resumed else find_sft()
-    model, tokenizer, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev)
-    sft = checkpoint["sft_settings"] if eval_only else checkpoint["settings"]  # of the run of mllm.py: data, lengths
-    max_tokens, data = sft["max_tokens"], mllm.load_captioned(sft["dataset"], sft["image_size"], sft["n_drawn"])
-    splits, data["tokenizer"] = data["splits"], tokenizer
+    model, data, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev, True)
+    sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of mllm.py
+    splits, tokenizer, max_tokens = data["splits"], data["tokenizer"], sft["max_tokens"]
     evaluate = lambda split: mllm.evaluate(model, data, split, max_tokens, dev, context)
     if eval_only:
         if eval_split not in splits:
@@ -169,20 +167,19 @@ def main(argv=None):
         return
 
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
-    if not resumed:
-        config.open_run(out, init_from, settings, train_with, start="sft")
     before = {name: w.clone() for name, w in model.state_dict().items()}
     model.vit.requires_grad_(train_vit)
-    made = config.optimizers(model, 0.0, lr, weight_decay)
+    optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     start, best = 0, -1.0
     if resumed:
         model.load_state_dict(resumed["model"])
-        made[0].load_state_dict(resumed["optimizers"][0])
+        optimizers[0].load_state_dict(resumed["optimizers"][0])
         start, best = resumed["step"], resumed["best"]
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
-    columns = ["reward", "baseline", "advantage", "length", "broken", "distinct",  # of the samples, over the interval
+    # of the samples, over the interval: mean reward, that of the greedy captions, their difference, and so on
+    columns = ["reward", "greedy", "difference", "length", "broken", "distinct",
                *(f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES)]
     log = config.Log(out, columns, clock, resumed)
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
@@ -196,13 +193,14 @@ def main(argv=None):
         if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 scores, _ = evaluate("val")
-                numbers = {name: float(np.mean([row[name] for row in history])) for name in columns[:6] if history}
+                numbers = {name: [row[name] for row in history if name in row] for name in columns[:6]}
+                numbers = {name: float(np.mean(values)) for name, values in numbers.items() if values}
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
-                log.write(step, numbers | brief, factor * lr, batch_size * samples, "captions", also=scores)
+                log.write(step, numbers | brief, factor * lr, batch_size * samples, "captions", file_only=scores)
                 history = []
                 is_best, best = scores["val_cider"] > best, max(scores["val_cider"], best)
-                saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in made],
+                saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                          "settings": settings | {"max_tokens": max_tokens}, "step": step, "best": best,
                          "seconds": clock.seconds(), "sft": str(start_from), "sft_settings": sft,
                          **{key: checkpoint[key] for key in ("config", "tokenizer", "image_transform")}}
@@ -222,31 +220,33 @@ def main(argv=None):
         with context:
             tokens = model.encode(images.to(dev)).repeat_interleave(samples, dim=0)  # (B * K, N, C), photo by photo
             sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
-            if baseline == "greedy":
+            greedy = None
+            if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
                 greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
             prompts = model.prompt(len(sampled), tokens.size(1), dev)
             log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]  # (B * K, T)
         captions = to_words(sampled, tokenizer)
         rewards = reward(captions, [i for i in rows for _ in range(samples)]).view(-1, samples)  # (B, K)
-        greedy_rewards = reward(to_words(greedy, tokenizer), rows) if baseline == "greedy" else None
-        advantage = advantages(rewards, greedy_rewards)
+        greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), rows)  # (B,)
+        advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
         loss = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id)
         loss.backward()
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        config.set_lr(made, factor)
-        made[0].step()
-        made[0].zero_grad(set_to_none=True)
-        if not math.isfinite(loss.item()):
-            config.fail(f"the loss is {loss.item()} at step {step}; {out / 'last.pt'} is the last good checkpoint")
-        history.append({"reward": rewards.mean().item(), "baseline": (rewards - advantage).mean().item(),
-                        "advantage": advantage.mean().item(), "length": float(np.mean([len(c) for c in captions])),
-                        "broken": 100 * float(np.mean([mllm.ends_badly(c[:-1], c[-1:] == [END]) for c in captions])),
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        config.check_finite(loss.item() + grad_norm.item(), step, out)
+        config.set_lr(optimizers, factor)
+        optimizers[0].step()
+        optimizers[0].zero_grad(set_to_none=True)
+        history.append({"reward": rewards.mean().item(),
+                        "length": float(np.mean([len(c) - (END in c) for c in captions])),
+                        "broken": 100 * float(np.mean([mllm.ends_badly(c[:-1], END in c) for c in captions])),
                         "distinct": 100 * len(set(map(tuple, captions))) / len(captions)})
+        if greedy is not None:
+            history[-1] |= {"greedy": greedy_rewards.mean().item(),
+                            "difference": (rewards - greedy_rewards[:, None]).mean().item()}
         step += 1
         config.show_progress(f"step {step} | reward {history[-1]['reward']:.3f}")
 
-    config.plot(out, left=("reward", "baseline"), right=("val_cider",), ylabel="reward", name="scst.png")
+    config.plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
     shown, table, pictures = splits["test"][:12], [], []
     after = config.load(out / "scst.pt", train_with, dev)["model"]
     for when, weights in (("before", before), ("after", after)):
@@ -256,7 +256,7 @@ def main(argv=None):
                 scores, captions = evaluate(split)
             table.append((when, split, scores))
         pictures.append(captions[:len(shown)])  # of the test split
-    log.write(step, {}, also={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
+    log.write(step, {}, file_only={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
                               for name, value in scores.items()})
     print(f"{'':<7}{'':<6}" + "".join(f"{name:>10}" for name in TABLE))
     for when, split, scores in table:
@@ -265,7 +265,7 @@ def main(argv=None):
                      [f"before: {b}\nafter: {a}" for b, a in zip(*pictures)])
     gain = table[2][2]["cider"] / max(1e-9, table[0][2]["cider"]) - 1
     print(f"validation CIDEr {table[0][2]['cider']:.2f} -> {table[2][2]['cider']:.2f} ({100 * gain:+.1f}%) after "
-          f"{clock.seconds() / 60:.1f} minutes of training; wrote {out}/scst.png, before_after.png, scst.pt")
+          f"{clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import scst
 import vit
 from mllm import bleu, cider, ends_badly, words_of
 from model import (
-    GPT, MLLM, BPETokenizer, CharTokenizer, DecoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm,
+    CONNECTORS, GPT, MLLM, BPETokenizer, CharTokenizer, DecoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm,
     LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm,
     RotaryEmbedding, SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig,
     causal_mask, padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
@@ -790,7 +790,7 @@ def test_checkpoints_are_moved_into_place_and_hold_nothing_to_execute():
 def test_a_new_run_keeps_the_old_checkpoints_under_another_name():
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
         Path(folder, "best.pt").write_text("old")
-        config.open_run(folder, "scratch", {}, "train")
+        config.Log(folder, [], config.Clock(1, 0.0))
         assert Path(folder, "best.old.pt").read_text() == "old" and not Path(folder, "best.pt").exists()
         assert "best.old.pt" in printed.getvalue()
 
@@ -972,9 +972,12 @@ def test_sequences_put_the_image_first_and_shift_targets_by_one():
     inputs, targets = mllm.make_sequences(["a dog", "a"], 3, tokenizer, max_tokens=10)
     dog, a = tokenizer.encode("a dog"), tokenizer.encode("a")
     image, bos, eos, pad = tokenizer.image_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-    assert inputs[0].tolist() == [image] * 3 + [bos] + dog and targets[0].tolist() == [-1] * 3 + dog + [eos]
-    assert inputs[1].tolist()[:5] == [image] * 3 + [bos] + a and targets[1].tolist()[:5] == [-1] * 3 + a + [eos]
-    assert set(inputs[1].tolist()[5:]) == {pad} and set(targets[1].tolist()[5:]) == {-1}
+    for row, text in enumerate((dog, a)):
+        said, wanted = [image] * 3 + [bos] + text, [-1] * 3 + text + [eos]
+        n = len(said)
+        assert inputs[row, :n].tolist() == said and set(inputs[row, n:].tolist()) == {pad}
+        assert targets[row, :n].tolist() == wanted and set(targets[row, n:].tolist()) == {-1}
+    assert inputs.size(1) == 3 + 8  # rounded up to a multiple of 8
     cut = mllm.make_sequences(["a dog"], 0, tokenizer, max_tokens=3)[1][0].tolist()
     assert cut == dog[:2] + [eos]
 
@@ -1027,8 +1030,9 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
                    "--shift=1")
         assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled images" in said
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
-        raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine")
-        raises(SystemExit, "captions.txt is missing", run, prepare_flickr8k, "--source=.")
+        raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine", "--out_dir=data/mine")
+        raises(SystemExit, "captions.txt is missing", run, prepare_flickr8k, "--source=.", "--out_dir=data/mine")
+        raises(SystemExit, "a folder of their own", run, prepare_flickr8k, "--source=mine")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1187,6 +1191,7 @@ def test_mllm_and_scst_run_resume_and_caption():
     with in_new_folder():
         make_toy_data()
         run(vit, *TOY[vit])
+        run(gpt, *TOY[gpt])
         check_stage(mllm, "sft.pt")
         assert Path("out/mllm/align.pt").exists()
         said = run(mllm, *TOY[mllm], "--vit_ckpt=out/vit/best.pt", "--out_dir=out/started")
@@ -1205,6 +1210,9 @@ def test_mllm_and_scst_run_resume_and_caption():
             name for name in first if name.split(".")[0] in ("connector", "gpt")}  # autocast loses no gradient
         assert "cider" in run(scst, *TOY[scst], "--eval_only=True")
         assert "photo.png: " in run(scst, *TOY[scst], "--image=photo.png")
+        other = (*TOY[mllm], "--vit_ckpt=out/gpt/best.pt")
+        raises(SystemExit, "out/gpt/best.pt is a checkpoint of another stage", run, mllm, *other)
+        raises(SystemExit, "lr is 0.5 and was", run, scst, *TOY[scst], "--init_from=resume", "--lr=0.5")
         raises(SystemExit, "at least 2", run, scst, *TOY[scst], "--baseline=leave_one_out", "--samples=1")
 
 
@@ -1214,7 +1222,7 @@ def test_align_trains_the_connector_alone():
         seen = []
         with patched(config, "save", lambda path, checkpoint: seen.append(
                 {name: w.clone() for name, w in checkpoint["model"].items()} | {"phase": checkpoint["phase"][0]})):
-            raises(SystemExit, "no checkpoint", run, mllm, *args)  # at the end, where it looks for what it saved
+            raises(SystemExit, "over before the phase sft", run, mllm, *args)  # at the end, as nothing was saved
         first, last = seen[0], [s for s in seen if s["phase"] == "align"][-1]
         changed = {name.split(".")[0] for name in first if name != "phase" and not torch.equal(first[name], last[name])}
         assert changed == {"connector"}
@@ -1236,6 +1244,11 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "is not to be had here", run, gpt, *TOY[gpt], "--device=cuda:99")
         raises(SystemExit, "init_from=sft: scratch or resume", run, gpt, *TOY[gpt], "--init_from=sft")
         raises(SystemExit, "norm 'batch': layer or rms", run, gpt, *TOY[gpt], "--norm=batch")
+        raises(SystemExit, "eval_interval=0: at least 1", run, gpt, *TOY[gpt], "--eval_interval=0")
+        raises(SystemExit, "windows of block_size=9999", run, gpt, *TOY[gpt], "--block_size=9999")
+        raises(SystemExit, "not a multiple of patch_size", run, vit, *TOY[vit], "--image_size=60")
+        raises(SystemExit, "image_size=25 is not a multiple of 8", run, mllm, *TOY[mllm], "--image_size=25")
+        raises(SystemExit, "align_share=1.0", run, mllm, *TOY[mllm], "--align_share=1.0")
         raises(SystemExit, "dtype=float64", run, gpt, *TOY[gpt], "--dtype=float64")
         raises(SystemExit, "train one first", run, gpt, *TOY[gpt], "--init_from=resume")
 
@@ -1243,7 +1256,8 @@ def test_what_goes_wrong_ends_in_one_line():
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
     with in_new_folder():
         make_toy_data()
-        raises(SystemExit, "at step", run, gpt, *TOY[gpt], "--adam_lr=1e30", "--grad_clip=0.0", "--warmup_steps=0")
+        bad = (*TOY[gpt], "--adam_lr=1e30", "--grad_clip=0.0", "--warmup_steps=0", "--eval_interval=1")
+        raises(SystemExit, "at step", run, gpt, *bad)
         assert all(w.isfinite().all() for w in config.load("out/gpt/last.pt", "")["model"].values())
 
 

@@ -120,17 +120,18 @@ def report(confusion, classes, path):
     print(f"wrote {path}")
 
 
-def classify(model, classes, where, out, dev, context):
-    """Print the five likeliest classes of the images at where, and draw them beside each."""
-    photos = config.open_images(where, 256)  # for the picture; the model sees image_size pixels
-    inputs = torch.stack([pixels for _, pixels in config.open_images(where, model.config.image_size)])
-    titles = []
+def classify(model, classes, size, where, out, dev, context):
+    """Print the five likeliest classes of the images at where, and draw them beside each. size: of CIFAR's images, to
+    which a photo is reduced before resize() doubles it, so that it looks like what the model has learnt from."""
+    photos, titles = config.open_images(where), []
+    inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
     for (name, _), logits in zip(photos, predict(model, inputs, dev, context)):
         top = logits.softmax(dim=0).topk(min(5, len(classes)))
         lines = [f"{classes[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())]
         print(f"{name}: " + ", ".join(lines))
         titles.append("\n".join([name, *lines]))
-    config.save_grid(out / "classified.png", [pixels for _, pixels in photos], titles, min(4, len(photos)))
+    pictures = [config.to_pixels(photo, 256) for _, photo in photos]
+    config.save_grid(out / "classified.png", pictures, titles, min(4, len(photos)))
 
 
 @config.one_line_errors
@@ -140,11 +141,12 @@ def main(argv=None):
     context = config.autocast(dev, dtype)
 
     if image or eval_only:  # use what a run has learnt
-        checkpoint = config.load(out / "best.pt", train_with, dev)
+        checkpoint = config.load(out / "best.pt", train_with, dev, has="n_classes")
         model = ViT(ViTConfig(**checkpoint["config"])).to(dev)
         model.load_state_dict(checkpoint["model"])
         if image:
-            classify(model, checkpoint["classes"], image, out, dev, context)
+            size = checkpoint["image_transform"]["size"]
+            classify(model, checkpoint["classes"], size, image, out, dev, context)
             return
         data, classes = load_cifar()
         if eval_split not in data:
@@ -155,9 +157,12 @@ def main(argv=None):
         report(confusion, classes, out / "confusion.png")
         return
 
+    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, n_val=n_val, n_layer=n_layer)
     data, classes = load_cifar()
+    if len(data["train"][0]) < batch_size:
+        config.fail(f"batch_size={batch_size} is larger than the training set of {len(data['train'][0])} images")
     images, labels = (t.to(dev) for t in data["train"])
-    resumed = config.open_run(out, init_from, settings, train_with)
+    resumed = config.resume(out, init_from, settings, train_with)
     torch.manual_seed(seed)
     pixels = images.float()
     pixel_mean, pixel_std = pixels.mean(dim=(0, 2, 3)).tolist(), pixels.std(dim=(0, 2, 3)).tolist()
@@ -167,11 +172,11 @@ def main(argv=None):
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         model = ViT(ViTConfig(**resumed["config"]) if resumed else model_config)
     model = model.to(dev, memory_format=torch.channels_last)
-    made = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    start, best = 0, 0.0
+    optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
+    start, best = 0, -1.0
     if resumed:
         model.load_state_dict(resumed["model"])
-        for optimizer, state in zip(made, resumed["optimizers"]):
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
         start, best = resumed["step"], resumed["best"]
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
@@ -188,14 +193,16 @@ def main(argv=None):
         if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
             with clock.paused():
                 val, accuracy, _ = evaluate(model, *data["val"], dev, context)
+                config.check_finite(val, step, out)
                 numbers = {"train": float(np.mean(losses))} if losses else {}
                 numbers |= {"val": val, "val_accuracy": 100 * accuracy}
                 log.write(step, numbers, factor * adam_lr, batch_size, "img")
                 losses = []
                 is_best, best = accuracy > best, max(accuracy, best)
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
-                              "optimizers": [o.state_dict() for o in made], "settings": settings, "step": step,
-                              "classes": classes, "best": best, "seconds": clock.seconds()}
+                              "optimizers": [o.state_dict() for o in optimizers], "settings": settings, "step": step,
+                              "classes": classes, "image_transform": {"size": images.size(-1)}, "best": best,
+                              "seconds": clock.seconds()}
                 if is_best:
                     config.save(out / "best.pt", checkpoint)
                 config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
@@ -210,15 +217,13 @@ def main(argv=None):
         with context:
             _, loss = run_model(resize(x, model.config.image_size), labels[batch])
         loss.backward()
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        config.set_lr(made, factor)
-        for optimizer in made:
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        losses.append(loss.item())
+        config.check_finite(losses[-1] + grad_norm.item(), step, out)
+        config.set_lr(optimizers, factor)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            config.fail(f"the loss is {losses[-1]} at step {step}; {out / 'last.pt'} is the last good checkpoint")
         step += 1
         config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
 

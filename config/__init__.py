@@ -5,7 +5,7 @@ its model, its data and its training step.
     settings     override, read_settings          defaults < config files < --key=value, left to right
     machine      pick_device, autocast
     training     optimizers, set_lr, Clock        Muon + AdamW; progress by steps or minutes
-    keeping      save, load, open_run, Log        checkpoints, out/<run>/log.csv
+    keeping      save, load, resume, Log          checkpoints, out/<run>/log.csv
     pictures     plot, save_grid                  loss.png, grids of captioned images
     the world    open_images, to_pixels, download
 
@@ -74,12 +74,13 @@ def read_settings(path, strict=False):
         fail(f"{path}, line {e.lineno}: {e.msg}")
     for node in body:
         try:
-            name, value = node.targets[0].id, ast.literal_eval(node.value)
+            (target,) = node.targets
+            name, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            if strict and not isinstance(getattr(node, "value", None), ast.Constant):  # nor a docstring
+            if strict and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # nor a docstring
                 fail(f"{path}, line {node.lineno}: a config file holds only lines of the form `name = value  # why`")
             continue
-        if name.islower():
+        if name.islower() or strict:
             comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2]
             found[name] = (value, comment.strip())
     return found
@@ -176,7 +177,7 @@ def maybe_compile(model, wanted):
 
 
 def optimizers(model, muon_lr, adam_lr, weight_decay=0.0, betas=(0.9, 0.95)):
-    """[Muon, AdamW] over the parameters that train: Muon turns the momentum of each weight matrix inside the blocks
+    """[Muon, AdamW] over the parameters that train: Muon turns the momentum of each weight matrix of a linear layer
     into its nearest semi-orthogonal matrix (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); embeddings,
     positions, heads, convolutions, gains and biases take AdamW. muon_lr = 0 gives everything to AdamW."""
     muon, decayed, plain = [], [], []
@@ -195,10 +196,24 @@ def optimizers(model, muon_lr, adam_lr, weight_decay=0.0, betas=(0.9, 0.95)):
     return made
 
 
-def set_lr(made, factor):
+def set_lr(optimizers, factor):
     """Put every learning rate at factor times its peak."""
-    for group in (group for optimizer in made for group in optimizer.param_groups):
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = factor * group["peak_lr"]
+
+
+def at_least(least, **settings):
+    """End the run in one line where one of the settings is smaller than least."""
+    for name, value in settings.items():
+        if value < least:
+            fail(f"{name}={value}: at least {least}")
+
+
+def check_finite(value, step, out_dir):
+    """End the run, with the step's number, where a loss or a gradient's norm is not finite."""
+    if not math.isfinite(value):
+        good = Path(out_dir) / "last.pt"
+        fail(f"the loss or its gradient is {value} at step {step}; {good} is the last good checkpoint")
 
 
 class Clock:
@@ -207,10 +222,11 @@ class Clock:
     def __init__(self, max_steps, max_minutes, seconds=0.0):
         if max_steps <= 0 and max_minutes <= 0:
             fail("a run needs an end: max_steps or max_minutes above 0")
-        self.max_steps, self.max_seconds, self.before, self.start = max_steps, 60 * max_minutes, seconds, time.time()
+        self.max_steps, self.max_seconds = max_steps, 60 * max_minutes
+        self.start, self.stopped = time.time() - seconds, None
 
     def seconds(self):
-        return self.before + time.time() - self.start
+        return (self.stopped or time.time()) - self.start
 
     def progress(self, step):
         """In [0, 1]; at 1 the run is over."""
@@ -220,9 +236,10 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
-        began = time.time()
+        self.stopped = time.time()
         yield
-        self.start += time.time() - began
+        self.start += time.time() - self.stopped
+        self.stopped = None
 
 
 def shift_and_mirror(images, shift, mirrored):
@@ -260,37 +277,47 @@ def save(path, checkpoint):
         fail(f"could not write {path} (is the disk full?): {str(e).splitlines()[0]}")
 
 
-def load(path, train_with, device="cpu"):
-    """The checkpoint at path; train_with is the command that makes one, for the message when there is none."""
+def load(path, train_with, device="cpu", has=None):
+    """The checkpoint at path; train_with is the command that makes one, for the message when there is none; has: a name
+    that the config of such a checkpoint holds, as those of other stages do not."""
     if not Path(path).is_file():
         fail(f"no checkpoint {path} yet; train one first: {train_with}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
+    if has and has not in checkpoint["config"]:
+        fail(f"{path} is a checkpoint of another stage than the one that {train_with} runs")
+    return checkpoint
 
 
-def open_run(out_dir, init_from, settings, resume_with, start="scratch"):
-    """Make out_dir ready and return the checkpoint to go on from: last.pt with init_from=resume, else None.
+def resume(out_dir, init_from, settings, train_with, start="scratch"):
+    """With init_from=resume the checkpoint to go on from, out_dir/last.pt; None with the stage's other word, start.
 
-    start: the stage's other word for init_from. A run that starts anew renames the checkpoints that it finds to
-    *.old.pt; a resumed one says which settings differ.
+    A resumed run is the same run: a setting that has changed is an error, unless it only tells how long the run is or
+    when it speaks.
     """
-    out_dir = Path(out_dir)
     if init_from not in (start, "resume"):
         fail(f"init_from={init_from}: {start} or resume")
-    if init_from == "resume":
-        checkpoint = load(out_dir / "last.pt", resume_with)
-        for name, value in checkpoint["settings"].items():
-            if name in settings and settings[name] != value and name not in ("init_from", "out_dir"):
-                print(f"note: {name} is {settings[name]!r}, and was {value!r} when the run began")
-        print(f"going on from {out_dir / 'last.pt'}, step {checkpoint['step']}")
-        return checkpoint
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for old in [p for p in sorted(out_dir.glob("*.pt")) if not p.name.endswith(".old.pt")]:
+    if init_from == start:
+        return None
+    checkpoint = load(Path(out_dir) / "last.pt", train_with)
+    free = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "max_new_tokens",
+            "temperature", "top_k", "top_p", "num_samples"}
+    for name, was in checkpoint["settings"].items():
+        if name in settings and settings[name] != was:
+            if name not in free:
+                fail(f"{name} is {settings[name]!r} and was {was!r} in the run to resume; it takes the same settings")
+            print(f"note: {name} is {settings[name]!r}, and was {was!r} when the run began")
+    print(f"going on from {Path(out_dir) / 'last.pt'}, step {checkpoint['step']}")
+    return checkpoint
+
+
+def set_aside(out_dir):
+    """Rename the checkpoints that a new run finds in its folder to *.old.pt."""
+    for old in [p for p in sorted(Path(out_dir).glob("*.pt")) if not p.name.endswith(".old.pt")]:
         old.rename(old.with_suffix(".old.pt"))
         print(f"renamed {old} to {old.with_suffix('.old.pt').name}")
-    return None
 
 
 class Log:
@@ -298,23 +325,27 @@ class Log:
 
     def __init__(self, out_dir, columns, clock, resume=None):
         """columns: the names of the numbers that write() may be given; resume: the checkpoint that the run goes on
-        from, whose later rows are dropped."""
+        from, whose later rows are dropped; without one the run is new, and checkpoints in its folder are set aside."""
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        if resume is None:
+            set_aside(out_dir)
         self.path, self.clock = Path(out_dir) / "log.csv", clock
         self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
         self.last = (resume["step"] if resume else 0, clock.seconds())
         rows = []
         if resume and self.path.is_file():
             with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume["step"]]
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume["step"]
+                        and not any(value for name, value in row.items() if "test" in name)]  # of the end of a run
         with open(self.path, "w", newline="") as f:
             csv.DictWriter(f, self.columns, restval="").writeheader()
             csv.DictWriter(f, self.columns, restval="").writerows(rows)
 
-    def write(self, step, numbers, lr=None, items=None, unit="", also=None):
-        """numbers: {column: number or str}; also: more of them, for the file alone; items: how many units (tokens,
+    def write(self, step, numbers, lr=None, items=None, unit="", file_only=None):
+        """numbers: {column: number or str}; file_only: more of them, not printed; items: how many units (tokens,
         images) one step takes."""
         text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
-        for name, value in (numbers | (also or {})).items():
+        for name, value in (numbers | (file_only or {})).items():
             row[name] = value if isinstance(value, str) else f"{value:.6g}"
             if name in numbers:
                 text.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}")
@@ -343,8 +374,8 @@ class Log:
 # pictures
 
 
-def plot(out_dir, left=("train", "val"), right=(), ylabel="loss", name="loss.png"):
-    """Draw columns of out_dir/log.csv over the step into out_dir/name; the right ones have an axis of their own."""
+def plot(out_dir, left=("train", "val"), right=(), ylabel="loss"):
+    """Draw columns of out_dir/log.csv over the step into out_dir/loss.png; the right ones have an axis of their own."""
     import matplotlib
     matplotlib.use("Agg")  # a file, never a window
     import matplotlib.pyplot as plt
@@ -361,7 +392,7 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss", name="loss.png
             a.plot(*zip(*points), style, color=f"C{i}", label=column)
     axis.set(xlabel="step", ylabel=ylabel, title=Path(out_dir).name)
     figure.legend(loc="outside lower center", ncols=len(axes))
-    figure.savefig(Path(out_dir) / name, dpi=110)
+    figure.savefig(Path(out_dir) / "loss.png", dpi=110)
     plt.close(figure)
 
 
@@ -380,7 +411,8 @@ def save_grid(path, images, titles, columns=4, width=34):
         axis.axis("off")
     for axis, image, text in zip(axes.flat, images, wrapped):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
-        axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9)
+        axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
+                  parse_math=False)  # a caption may hold a $
     figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / 2.6)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -400,9 +432,9 @@ def to_pixels(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
-def open_images(where, size):
-    """[(name, (3, size, size) uint8)] of an image file, of each image in a folder, or of a URL."""
-    from PIL import Image, UnidentifiedImageError
+def open_images(where):
+    """[(name, PIL image)] of an image file, of each image in a folder, or of a URL."""
+    from PIL import Image
     if where.startswith(("http://", "https://")):
         import requests
         try:
@@ -423,9 +455,10 @@ def open_images(where, size):
     images = []
     for name, source in sources:
         try:
-            with Image.open(source) as image:
-                images.append((name, to_pixels(image, size)))
-        except (UnidentifiedImageError, OSError):
+            image = Image.open(source)
+            image.load()
+            images.append((name, image))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
             fail(f"{name}: not an image that Pillow can read")
     return images
 
@@ -462,7 +495,8 @@ def _fetch(url, partial):
     """Append what is missing of url to the file partial."""
     import requests
     have = partial.stat().st_size if partial.is_file() else 0
-    with requests.get(url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as reply:
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, stream=True, timeout=30, headers=headers) as reply:
         if reply.status_code == 416:  # nothing is missing
             return
         reply.raise_for_status()
