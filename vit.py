@@ -4,6 +4,7 @@ Stage 1: a vision transformer learns CIFAR-10.
     python prepare_cifar.py && python vit.py config/cifar_cpu.py
     python vit.py config/cifar_cpu.py --image=cat.jpg
 
+Expect 78% to 79% of the test images from config/cifar_cpu.py: 17 minutes on two CPU cores with AVX512-BF16 (one seed).
 Settings are overridden from the left to the right by config files and --key=value; --help lists them. A run writes
 log.csv, loss.png, confusion.png and the checkpoints best.pt and last.pt to out_dir. The best checkpoint is chosen on
 5,000 images held out from the 50,000; the 10,000 test images are read once, at the end.

@@ -1,4 +1,4 @@
-"""The language of captions: a GPT on the 30,000 captions of Flickr8k's training photos, two CPU cores."""
+"""The language of captions: a GPT on the captions of Flickr8k's 6,000 training photos, on two CPU cores."""
 out_dir = "out/captions_cpu"
 dataset = "flickr8k"
 dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
