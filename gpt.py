@@ -28,15 +28,15 @@ eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 on CUDA, else float32
 compile = False  # torch.compile: a minute at the start, faster steps on a GPU
-seed = 1337
+seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 dataset = "shakespeare"  # the folder under data/: shakespeare (characters) or flickr8k (captions, BPE tokens)
 batch_size = 64  # windows a step
 block_size = 256  # tokens a window: the longest context
 # model
-n_layer = 6
-n_head = 6
-n_embd = 384
+n_layer = 6  # blocks
+n_head = 6  # attention heads a block
+n_embd = 384  # channels; 6, 6 and 384 are the size of nanoGPT's recipe for one GPU
 dropout = 0.2  # a million characters are soon known by heart
 activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
@@ -45,17 +45,17 @@ tie_weights = True  # one matrix embeds the tokens and scores them
 # optimization
 max_steps = 5000  # 0: max_minutes alone decides
 max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
-muon_lr = 0.01  # peak rate of the matrices inside the blocks; 0: AdamW for all
+muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
 adam_lr = 2e-3  # peak rate of everything else
-weight_decay = 0.1
-warmup_steps = 50
+weight_decay = 0.1  # of matrices and embeddings, in shares of the rate
+warmup_steps = 50  # steps in which the rate rises to its peak
 cooldown = 0.6  # the last part of the run, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 250  # steps between lines of the log, each with the loss over the whole validation split
 # sampling
 prompt = ""  # continue this text and stop; \n in it is a line break
-max_new_tokens = 500
-num_samples = 1
+max_new_tokens = 500  # length of a sample
+num_samples = 1  # how many to write
 temperature = 0.8  # 0: always the likeliest token
 top_k = 0  # sample among the k likeliest tokens alone; 0: among all
 top_p = 1.0  # sample among the fewest tokens that together have this probability

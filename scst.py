@@ -44,10 +44,10 @@ eval_split = "val"  # what eval_only evaluates: val or test
 image = ""  # caption this file, folder or URL and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 on CUDA, else float32
-seed = 1337
+seed = 1337  # of everything random: weights, batches, dropout, samples
 # reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1)
-cider_weight = 1.0
-bleu_weight = 0.0
+cider_weight = 1.0  # CIDEr-D alone, as in the paper
+bleu_weight = 0.0  # BLEU-4 of a sentence, smoothed by one from n = 2 on
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
 samples = 2  # captions sampled for each photo; leave_one_out needs at least 2
@@ -57,8 +57,8 @@ train_vit = False  # train the ViT too
 max_steps = 0  # 0: max_minutes alone decides
 max_minutes = 1.5  # 0: max_steps alone decides; else whichever comes first
 lr = 2e-4  # peak rate, AdamW for all: far below that of the training before, since samples are noisy teachers
-weight_decay = 0.0
-warmup_steps = 10
+weight_decay = 0.0  # the weights stay near those of the training before
+warmup_steps = 10  # steps in which the rate rises to its peak
 cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores

@@ -111,7 +111,7 @@ def override(stage, argv=None):
     if "--help" in argv or "-h" in argv:
         print(stage["__doc__"].strip(), "\n\nsettings (override with --name=value, or in a config file):")
         for name, (value, comment) in defaults.items():
-            print(f"  --{name}={value!s:<24} {comment}")
+            print(f"  {f'--{name}={value}':<30} {comment}")
         raise SystemExit(0)
     for arg in argv:
         if arg.startswith("--"):
