@@ -771,8 +771,9 @@ def test_help_lists_every_setting_and_its_reason():
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         gpt.main(["--help"])
     settings = config.read_settings(gpt.__file__)
-    assert len(settings) > 20 and all(f"--{name}={value}" in printed.getvalue() and comment in printed.getvalue()
-                                      for name, (value, comment) in settings.items()) and all(comment for _, comment in settings.values())
+    assert len(settings) > 20
+    for name, (value, comment) in settings.items():
+        assert comment and f"--{name}={value}" in printed.getvalue() and comment in printed.getvalue(), name
 
 
 def test_checkpoints_are_moved_into_place_and_hold_nothing_to_execute():

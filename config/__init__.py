@@ -61,10 +61,10 @@ def one_line(exception):
         fail(str(e))
 
 
-def read_settings(path, strict=False):
+def read_settings(path, is_recipe=False):
     """{name: (value, comment)} of the lines `name = value  # why` at the top level of a Python file; runs nothing.
 
-    Names are lower case and values literals; strict, for config files: every other statement is an error.
+    Names are lower case and values literals; in a recipe, a config file, every other statement is an error.
     """
     source, found = Path(path).read_text(encoding="utf-8"), {}
     lines = source.splitlines()
@@ -77,10 +77,10 @@ def read_settings(path, strict=False):
             (target,) = node.targets
             name, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            if strict and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # nor a docstring
+            if is_recipe and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # nor a docstring
                 fail(f"{path}, line {node.lineno}: a config file holds only lines of the form `name = value  # why`")
             continue
-        if name.islower() or strict:
+        if name.islower() or is_recipe:
             comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2]
             found[name] = (value, comment.strip())
     return found
@@ -123,7 +123,7 @@ def override(stage, argv=None):
             if not Path(arg).is_file():
                 there_are = ", ".join(str(p) for p in sorted(Path("config").glob("[!_]*.py")))
                 fail(f"{arg}: no such config file; there are {there_are}")
-            changes, where = {key: value for key, (value, _) in read_settings(arg, strict=True).items()}, arg
+            changes, where = {key: value for key, (value, _) in read_settings(arg, is_recipe=True).items()}, arg
         else:
             fail(f"{arg}: neither a config file (*.py) nor --key=value")
         for key, value in changes.items():
@@ -143,6 +143,8 @@ def override(stage, argv=None):
 
 def pick_device(device):
     """"auto" takes cuda, else mps, else cpu; anything else is passed to torch."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("a run is one process, and torchrun has started several that would write to one folder")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
