@@ -77,7 +77,8 @@ def read_settings(path, is_recipe=False):
             (target,) = node.targets
             name, value = target.id, ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            if is_recipe and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # nor a docstring
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if is_recipe and not is_docstring:
                 fail(f"{path}, line {node.lineno}: a config file holds only lines of the form `name = value  # why`")
             continue
         if name.islower() or is_recipe:
