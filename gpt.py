@@ -12,6 +12,7 @@ log.csv, loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ compile = False  # torch.compile: a minute at the start, faster steps on a GPU
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 dataset = "shakespeare"  # the folder under data/: shakespeare (characters) or flickr8k (captions, BPE tokens)
-batch_size = 64  # windows a step
+batch_size = 64  # windows a step, over all processes and parts
+accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
 block_size = 256  # tokens a window: the longest context
 # model
 n_layer = 6  # blocks
@@ -55,10 +57,12 @@ eval_interval = 250  # steps between lines of the log, each with the loss over t
 # sampling
 prompt = ""  # continue this text and stop; \n in it is a line break
 max_new_tokens = 500  # length of a sample
-num_samples = 1  # how many to write
+num_samples = 1  # continuations to write at once
 temperature = 0.8  # 0: always the likeliest token
 top_k = 0  # sample among the k likeliest tokens alone; 0: among all
 top_p = 1.0  # sample among the fewest tokens that together have this probability
+
+MILESTONES = (0, 0.25, 0.5, 1.0)  # shares of the run after which a sample is written: one sees it learn
 
 
 def load_split(split):
@@ -69,8 +73,8 @@ def load_split(split):
 
 def get_batch(ids):
     """Random windows of ids: inputs and targets (batch_size, block_size), the targets one token further."""
-    starts = torch.randint(len(ids) - block_size, (batch_size,))
-    windows = ids[starts[:, None] + torch.arange(block_size + 1)]  # (B, T + 1)
+    starts = torch.randint(len(ids) - block_size, (batch_size, 1), device=ids.device)
+    windows = ids[starts + torch.arange(block_size + 1, device=ids.device)]  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -96,22 +100,24 @@ def lr_factor(step, progress):
     return min(1.0, (step + 1) / max(1, warmup_steps), (1.0 - progress) / max(cooldown, 1e-8))
 
 
-def write_text(model, tokenizer, text, dev, generator):
-    """Continue text, print it as it is written, and return it with its continuation."""
-    begin = [tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []
+def write_texts(model, tokenizer, text, n, dev, context, echo=False):
+    """n continuations of text, written side by side: a list of str, each with its beginning, and the tokens a second.
+    echo: print the first while it is written."""
     with config.one_line(ValueError):  # a character that the model does not know
-        ids = begin + tokenizer.encode(text)
-    print(text, end="", flush=True)
-    written, shown = [], 0
-    for token in model.stream(torch.tensor([ids], device=dev), max_new_tokens, temperature, top_k, top_p,
-                              getattr(tokenizer, "eos_id", None), generator):
-        written.append(token.item())
-        new = tokenizer.decode(written)
-        if not new.endswith("\ufffd"):  # else a character whose last bytes are still to come
-            print(new[shown:], end="", flush=True)
-            shown = len(new)
-    print()
-    return text + tokenizer.decode(written)
+        ids = ([tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []) + tokenizer.encode(text)
+    columns, pending, start = [], [], time.perf_counter()
+    with context:
+        for column in model.stream(torch.tensor([ids] * n, device=dev), max_new_tokens, temperature, top_k, top_p,
+                                   getattr(tokenizer, "eos_id", None), torch.Generator(dev).manual_seed(seed)):
+            columns.append(column)  # (n,)
+            if echo:
+                pending.append(column[0].item())
+                new = tokenizer.decode(pending)
+                if not new.endswith("\ufffd"):  # else a character whose last bytes are still to come
+                    print(new, end="", flush=True)
+                    pending = []
+    rows = torch.stack(columns, dim=1).tolist() if columns else [[]] * n
+    return [text + tokenizer.decode(row) for row in rows], n * len(columns) / (time.perf_counter() - start)
 
 
 @config.one_line_errors
@@ -119,7 +125,6 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python gpt.py (with the same config)"
     context = config.autocast(dev, dtype)
-    sampler = torch.Generator(dev).manual_seed(seed)
 
     if prompt or eval_only:  # use what a run has learnt
         checkpoint = config.load(out / "best.pt", train_with, dev, has="vocab_size")
@@ -131,9 +136,12 @@ def main(argv=None):
             loss = evaluate(model, load_split(eval_split), model.config.block_size, batch_size, dev, context)
             print(f"{out / 'best.pt'}, step {checkpoint['step']}: {eval_split} loss {loss:.4f}")
             return
-        for _ in range(num_samples):
-            write_text(model, tokenizer, prompt.replace("\\n", "\n"), dev, sampler)
-            print("-" * 40)
+        config.at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
+        text = prompt.replace("\\n", "\n")
+        print(text if num_samples == 1 else "", end="", flush=True)
+        texts, pace = write_texts(model, tokenizer, text, num_samples, dev, context, echo=num_samples == 1)
+        print("" if num_samples == 1 else f"\n{'-' * 40}\n".join(texts))
+        print(f"{'-' * 40}\n{pace:,.0f} tokens a second")
         return
 
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, block_size=block_size, n_layer=n_layer)
@@ -141,6 +149,7 @@ def main(argv=None):
     if len(train_ids) <= block_size or len(val_ids) < 2:
         config.fail(f"data/{dataset} is too small for windows of block_size={block_size} tokens")
     tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", "prepare it again"))
+    n_parts = config.n_parts(batch_size, accumulation)
     resumed = config.resume(out, init_from, settings, train_with)
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
@@ -148,57 +157,73 @@ def main(argv=None):
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config).to(dev)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    start, best = 0, math.inf
+    start, best, samples = 0, math.inf, {}
     if resumed:
         model.load_state_dict(resumed["model"])
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
-        start, best = resumed["step"], resumed["best"]
-    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
-    log = config.Log(out, ["train", "val"], clock, resumed)
+        start, best, samples = resumed["step"], resumed["best"], resumed["samples"]
+    beginning = "" if hasattr(tokenizer, "bos_id") else "\n"  # of the samples; an empty one needs a first token
+    x, y = get_batch(train_ids)
+    flops = config.count_flops(model, lambda: model(x[:1], y[:1])[1])["Global"] / block_size  # of a token
+    peak = config.matmul_peak(dev, context)
     print(f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
+          f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}\n"
+          f"{flops / 1e6:.1f} MFLOP a token, forward and backward; "
+          f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    log = config.Log(out, ["train", "val"], clock, resumed, flops, peak * n_parts / accumulation)
     run_model = config.maybe_compile(model, compile)
 
     step, losses = start, []
     while True:
-        progress = clock.progress(step)
+        progress = config.from_main(clock.progress(step), dev)
         factor = lr_factor(step, progress)
-        if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
+        milestone = f"{100 * max(share for share in MILESTONES if share <= progress):.0f}%"
+        due = step % eval_interval == 0 or progress == 1 or milestone not in samples
+        if due and not (resumed and step == start) and config.is_main():
             with clock.paused():
                 val = evaluate(model, val_ids, model.config.block_size, batch_size, dev, context)
                 config.check_finite(val, step, out)
-                numbers = {"train": float(np.mean(losses)), "val": val} if losses else {"val": val}
+                numbers = {"train": torch.stack(losses).mean().item(), "val": val} if losses else {"val": val}
                 log.write(step, numbers, factor * adam_lr, batch_size * block_size, "tok")
+                if milestone not in samples:
+                    samples[milestone] = write_texts(model, tokenizer, beginning, 1, dev, context)[0][0]
                 losses = []
                 is_best, best = val < best, min(val, best)
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
                               "optimizers": [o.state_dict() for o in optimizers], "settings": settings, "step": step,
-                              "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds()}
+                              "tokenizer": tokenizer.state(), "best": best, "seconds": clock.seconds(),
+                              "samples": samples}
                 if is_best:
                     config.save(out / "best.pt", checkpoint)
                 config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
         if progress == 1:
             break
         torch.manual_seed(seed * 1_000_003 + step)  # batch and dropout depend on the step alone: resuming is exact
-        x, y = get_batch(train_ids)
-        with context:
-            _, loss = run_model(x, y)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        losses.append(loss.item())
-        config.check_finite(losses[-1] + grad_norm.item(), step, out)
+        x, y = get_batch(train_ids)  # the whole batch in every process; each computes its parts
+        loss = 0.0
+        for part in config.parts(model, batch_size, accumulation, -seed * 1_000_003 - step):
+            with context:
+                share = run_model(x[part], y[part])[1] / n_parts  # of the loss of the batch
+            share.backward()
+            loss += share.detach()
+        losses.append(config.sum_gradients(model, loss))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         config.set_lr(optimizers, factor)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
+        if len(losses) > 1:  # read one step late, so that a GPU goes on working meanwhile
+            config.show_progress(f"step {step} | loss {config.check_finite(losses[-2], step - 2, out):.3f}")
 
+    if not config.is_main():
+        return
     config.plot(out)
-    model.load_state_dict(config.load(out / "best.pt", train_with, dev)["model"])
-    text = write_text(model, tokenizer, "" if hasattr(tokenizer, "bos_id") else "\n", dev, sampler)
-    (out / "sample.txt").write_text(text, encoding="utf-8")
+    print(samples[milestone])
+    text = "\n\n".join(f"--- after {share} of the run\n{text}" for share, text in samples.items())
+    (out / "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(f"best validation loss {best:.4f} after {clock.seconds() / 60:.1f} minutes of training; "
           f"wrote {out}/loss.png, sample.txt")
 

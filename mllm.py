@@ -41,7 +41,8 @@ n_drawn = 10000  # images to draw: a twentieth to validate, as many to test, the
 image_size = 48  # pixels a side that the model sees
 shift = 0  # training photos move by up to so many pixels; 0 where a caption says in which part a shape lies
 mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
-batch_size = 64  # photos a step
+batch_size = 64  # photos a step, over all processes and parts
+accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
 captions_per_photo = 1  # captions a photo in a step: its image tokens are computed once
 max_tokens = 40  # longest caption
 # model: a checkpoint brings its own architecture
@@ -395,7 +396,8 @@ def build_model(tokenizer):
         gpt_config = dataclasses.replace(gpt_config, block_size=n_image_tokens + max_tokens)
         model = MLLM(MLLMConfig(vit_config, gpt_config, connector))
     for part, checkpoint in loaded.items():
-        weights = {name: w for name, w in checkpoint["model"].items() if part == "gpt" or not name.startswith("head.")}
+        weights = {name: w for name, w in checkpoint["model"].items()
+                   if part == "gpt" or not name.startswith(("pool.", "head."))}
         getattr(model, part).load_state_dict(weights)
         origin[part] = {"vit": vit_ckpt, "gpt": gpt_ckpt}[part] + f", step {checkpoint['step']}"
     return model, origin
@@ -410,6 +412,15 @@ def start_phase(model, phase):
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
     return config.optimizers(model, muon_lr, adam_lr, weight_decay)
+
+
+def step_flops(model, data, dev):
+    """FLOPs that a training step spends on a caption, the mean over a few photos."""
+    photos = data["splits"]["train"][:8]
+    images, inputs, targets = get_batch(data, photos, model.n_image_tokens(image_size))
+    encode = lambda: model.encode(images.to(dev)).repeat_interleave(captions_per_photo, dim=0)
+    flops = config.count_flops(model, lambda: model(encode(), inputs.to(dev), targets.to(dev))[1])
+    return flops["Global"] / len(inputs)
 
 
 def load_captioner(path, train_with, dev, with_data=False):
@@ -488,18 +499,24 @@ def main(argv=None):
             optimizer.load_state_dict(state)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
     columns = ["phase", "train", "val", *(f"{split}_{name}" for split in ("val", "test") for name in SCORES)]
-    log = config.Log(out, columns, clock, resumed)
+    per_step = min(batch_size, len(splits["train"]))  # photos
+    peak, n_parts = config.matmul_peak(dev, context), config.n_parts(per_step, accumulation)
+    log = config.Log(out, columns, clock, resumed, step_flops(model, data, dev), peak * n_parts / accumulation)
+    print(f"{log.flops / 1e6:.0f} MFLOP a caption, forward and backward; "
+          f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
     run_model = config.maybe_compile(model, compile)
     shown = splits["val"][:12]  # the photos of captions.png, the same at every evaluation
 
     step, losses = start, []
-    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
+    steps_per_epoch = len(splits["train"]) // per_step
     while True:
-        progress = clock.progress(step)
+        progress = config.from_main(clock.progress(step), dev)
         switch = phase == "align" and progress >= align_share
-        if (step % eval_interval == 0 or progress == 1 or switch) and not (resumed and step == start):
+        due = step % eval_interval == 0 or progress == 1 or switch
+        if due and not (resumed and step == start) and config.is_main():
             with clock.paused():
-                scores, numbers = {}, {"phase": phase} | ({"train": float(np.mean(losses))} if losses else {})
+                scores, numbers = {}, {"phase": phase}
+                numbers |= {"train": torch.stack(losses).mean().item()} if losses else {}
                 numbers["val"] = caption_loss(model, data, "val", max_tokens, dev, context)
                 config.check_finite(numbers["val"], step, out)
                 if phase == "sft":
@@ -507,7 +524,7 @@ def main(argv=None):
                     brief = ("cider", "bleu4", "shuffled", "all_right")
                     numbers |= {f"val_{name}": scores[name] for name in brief if name in scores}
                     config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
-                log.write(step, numbers, factor * adam_lr, batch_size * captions_per_photo, "captions",
+                log.write(step, numbers, factor * adam_lr, per_step * captions_per_photo, "captions",
                           file_only={f"val_{name}": value for name, value in scores.items()})
                 losses = []
                 score = scores["cider"] if phase == "sft" else -numbers["val"]
@@ -523,29 +540,36 @@ def main(argv=None):
             break
         if switch:
             phase, phase_start, phase_from = "sft", step, progress
-            optimizers = start_phase(model, phase)
+            optimizers, log.flops = start_phase(model, phase), step_flops(model, data, dev)
         phase_end = align_share if phase == "align" else 1.0
         factor = lr_factor(step - phase_start, (progress - phase_from) / (phase_end - phase_from))
 
         epoch, position = divmod(step, steps_per_epoch)
         order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         torch.manual_seed(seed * 1_000_003 + step)  # captions, augmentation and dropout depend on the step alone
-        photos = [splits["train"][i] for i in order[position * batch_size:(position + 1) * batch_size]]
-        images, inputs, targets = get_batch(data, photos, n_image_tokens)
-        with context:
-            tokens = model.encode(images.to(dev)).repeat_interleave(captions_per_photo, dim=0)
-            _, loss = run_model(tokens, inputs.to(dev), targets.to(dev))
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        losses.append(loss.item())
-        config.check_finite(losses[-1] + grad_norm.item(), step, out)
+        photos = [splits["train"][i] for i in order[position * per_step:(position + 1) * per_step]]
+        images, inputs, targets = get_batch(data, photos, n_image_tokens)  # of all processes; each computes its parts
+        loss = 0.0
+        for part in config.parts(model, per_step, accumulation, -seed * 1_000_003 - step):
+            rows = slice(part.start * captions_per_photo, part.stop * captions_per_photo)
+            with context:
+                tokens = model.encode(images[part].to(dev)).repeat_interleave(captions_per_photo, dim=0)
+                _, mean = run_model(tokens, inputs[rows].to(dev), targets[rows].to(dev))
+            share = mean * ((targets[rows] >= 0).sum() / (targets >= 0).sum()).item()  # of the loss of the batch
+            share.backward()
+            loss += share.detach()
+        losses.append(config.sum_gradients(model, loss))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         config.set_lr(optimizers, factor)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
+        if len(losses) > 1:  # read one step late, so that a GPU goes on working meanwhile
+            config.show_progress(f"step {step} | loss {config.check_finite(losses[-2], step - 2, out):.3f}")
 
+    if not config.is_main():
+        return
     config.plot(out, right=("val_cider",))
     if not (out / "sft.pt").is_file():
         config.fail("the run was over before the phase sft began; give it more steps or minutes")

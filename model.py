@@ -3,10 +3,10 @@ Every part of a multimodal transformer, each built from the ones before it:
 
     1. tokenizers      CharTokenizer, BPETokenizer
     2. attention       scaled_dot_product_attention, KVCache, RotaryEmbedding, MultiHeadAttention; masks
-    3. layers          LayerNorm, RMSNorm, FeedForward, positions
+    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, positions
     4. blocks          EncoderBlock, DecoderBlock
     5. stacks          TransformerEncoder, TransformerDecoder, Transformer (the encoder-decoder of 2017)
-    6. vision          PatchEmbedding, ViT
+    6. vision          PatchEmbedding, AttentionPooling, ViT
     7. language        GPT
     8. multimodal      connectors, MLLM
 
@@ -326,6 +326,25 @@ def make_norm(kind, n_embd):
     return LayerNorm(n_embd) if kind == "layer" else RMSNorm(n_embd)
 
 
+class Dropout(nn.Module):
+    """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
+
+    part: (i, n) where x is the i-th of n equal parts of a larger batch, whose others are computed later or by other
+    processes. What is dropped is drawn for the larger batch, so that the parts together lose what it would lose.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p, self.part = p, (0, 1)
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        i, n = self.part
+        keep = x.new_empty(n * x.size(0), *x.shape[1:]).bernoulli_(1 - self.p)  # (n * B, ...)
+        return x * keep.chunk(n)[i].div_(1 - self.p)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with a nonlinearity between them, applied to each position alone.
 
@@ -342,7 +361,7 @@ class FeedForward(nn.Module):
             n_hidden = round(n_hidden * 2 / 3 / 8) * 8  # a multiple of 8 suits the hardware
         self.up = nn.Linear(n_embd, 2 * n_hidden if activation == "swiglu" else n_hidden, bias=bias)
         self.proj = nn.Linear(n_hidden, n_embd, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x):
         x = self.up(x)
@@ -394,7 +413,7 @@ class EncoderBlock(nn.Module):
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
         self.ff = FeedForward(n_embd, None, activation, dropout, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x, mask=None):
         """(B, T, C) -> (B, T, C)"""
@@ -413,7 +432,7 @@ class DecoderBlock(nn.Module):
         self.cross_norm = make_norm(norm, n_embd) if cross else None
         self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias) if cross else None
         self.ff = FeedForward(n_embd, None, activation, dropout, bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None):
         """x: (B, T, C); memory: (B, Tm, C) where cross=True; cache: (KVCache of self-, KVCache of cross-attention)."""
@@ -429,13 +448,15 @@ class DecoderBlock(nn.Module):
 # 5. stacks
 
 
-def init_weights(model, n_layer):
-    """The one place where weights get their first values: normal with deviation 0.02 (GPT-2), the projections back into
-    the residual stream smaller by sqrt(2 n_layer), because that many are added up; convolutions as in He et al. 2015;
-    biases 0. Gains are 1 from the start."""
+def init_weights(model):
+    """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), so
+    that what comes out is as large as what goes in; the projections back into the residual stream 0, so that a block
+    does nothing at first (Goyal et al. 2017, Bachlechner et al. 2020); output layers and embeddings 0.02 (GPT-2), so
+    that all tokens are about equally likely. Convolutions as in He et al. 2015; biases 0. Gains start at 1."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("proj") else 0.02)
+            std = 0.0 if name.endswith("proj") else 0.02 if name.endswith("head") else module.in_features ** -0.5
+            nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Conv2d):
@@ -491,10 +512,10 @@ class Transformer(nn.Module):
         self.pad_id, self.n_embd = pad_id, n_embd
         self.embedding = nn.Embedding(vocab_size, n_embd)
         self.positions = SinusoidalPositionalEncoding(n_embd, max_len)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.encoder = TransformerEncoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout)
         self.decoder = TransformerDecoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout, cross=True)
-        init_weights(self, n_layer)
+        init_weights(self)
         nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
 
     def embed(self, ids, start=0):
@@ -555,9 +576,9 @@ class ViTConfig:
 class PatchEmbedding(nn.Module):
     """Image to tokens: (B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row.
 
-    stem="patch": one linear map of each patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions of stride 2
-    down to one position a patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"): neighbouring
-    pixels belong together, and with little data it pays to build that in.
+    stem="patch": one linear map of each patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of
+    stride 2, down to one position a patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"):
+    neighbouring pixels belong together, and with little data it pays to build that in.
     """
 
     def __init__(self, patch_size, n_embd, stem="patch"):
@@ -570,11 +591,14 @@ class PatchEmbedding(nn.Module):
         if stem == "patch":
             self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
             return
-        layers, channels, stages = [], 3, patch_size.bit_length() - 1
-        for i in range(stages):
-            wider = n_embd // 2 ** (stages - 1 - i)
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GroupNorm(1, wider), nn.ReLU()]
-            channels = wider
+        halvings = patch_size.bit_length() - 1
+        widths = [n_embd // 4, *[3 * n_embd // 8] * (halvings - 2), n_embd][-halvings:]  # 128 channels: 32, 48, 128
+        layers, channels = [], 3
+        for i, width in enumerate(widths):
+            if 0 < i == len(widths) - 1:  # before the last halving, one that keeps the size
+                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(1, channels), nn.ReLU()]
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.ReLU()]
+            channels = width
         self.stem = nn.Sequential(*layers, nn.Conv2d(channels, n_embd, 1))
 
     def forward(self, images):
@@ -584,8 +608,27 @@ class PatchEmbedding(nn.Module):
         return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C)
 
 
+class AttentionPooling(nn.Module):
+    """(B, N, C) -> (B, C): each head takes the mean of its C / n_head channels over the tokens, weighted by the softmax
+    of a learnt score (as SeqPool in Compact Transformers, Hassani et al. 2021, with several heads)."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.score = nn.Linear(n_embd, n_head, bias=False)  # the softmax would not see a bias
+
+    def weights(self, x):
+        """(B, N, C) -> (B, N, n_head), how much each token counts; sums to 1 over the tokens."""
+        return self.score(x).softmax(dim=1)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        weights = self.weights(x)[..., None]  # (B, N, n_head, 1)
+        return (weights * x.view(B, N, weights.size(2), -1)).sum(dim=1).view(B, C)
+
+
 class ViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2020) whose class logits come from the mean of the patch tokens.
+    """Vision transformer (Dosovitskiy et al. 2020) whose class logits come from a pooling by attention of the patch
+    tokens, instead of from a class token.
 
     Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised here, by buffers that travel
     with the weights. Another size than config.image_size works: the positions are interpolated.
@@ -601,11 +644,12 @@ class ViT(nn.Module):
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
                                           dropout=c.dropout)
+        self.pool = AttentionPooling(c.n_embd, c.n_head)
         self.head = nn.Linear(c.n_embd, c.n_classes)
-        init_weights(self, c.n_layer)
+        init_weights(self)
 
     def _add_positions(self, x, H, W):
         """x: (B, H * W, C), a grid of H x W patches."""
@@ -623,8 +667,9 @@ class ViT(nn.Module):
         return self.encoder(self.dropout(x))
 
     def forward(self, images, labels=None):
-        """(B, 3, H, W) pixels, (B,) labels (-1 = ignored) -> (B, n_classes) logits, loss (None without labels)"""
-        logits = self.head(self.features(images).mean(dim=1))
+        """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
+        ignored, or (B, n_classes) shares of the classes."""
+        logits = self.head(self.pool(self.features(images)))
         if labels is None:
             return logits, None
         return logits, F.cross_entropy(logits.float(), labels, ignore_index=-1,
@@ -650,9 +695,10 @@ class GPTConfig:
     tie_weights: bool = True  # the output layer is the token embedding, transposed
 
 
-def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, part=(0, 1)):
     """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: among the k likeliest alone.
-    top_p: among the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
+    top_p: among the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020).
+    part: (i, n) where these rows are the i-th of n parts of a batch, as in Dropout: each row gets the batch's noise."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -663,7 +709,11 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # of the likelier tokens together
         logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    # one uniform number a row, looked up in the cumulative distribution: the first token whose sum exceeds it
+    i, n = part
+    sums = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, vocab_size)
+    u = torch.rand(n * len(logits), 1, generator=generator, device=logits.device).chunk(n)[i]  # (B, 1), below 1
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -683,13 +733,14 @@ class GPT(nn.Module):
             self.position = kind(c.n_embd, c.block_size)
         else:
             raise ValueError(f"positions {c.positions!r}: rotary, learned or sinusoidal")
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
                                           dropout=c.dropout, bias=c.bias, rotary=rotary)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
-        init_weights(self, c.n_layer)
+        self.part = (0, 1)  # of the batch that is sampled: see sample_next()
+        init_weights(self)
 
     def hidden(self, x, caches=None):
         """(B, T, C) embeddings -> (B, T, C), ready for self.head; caches: of self.decoder.new_caches()."""
@@ -720,22 +771,24 @@ class GPT(nn.Module):
         self.eval()
         try:
             ended = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
-            caches = self.decoder.new_caches(block_size)
+            columns, caches = list(ids.unbind(dim=1)), self.decoder.new_caches(block_size)
             x = self.embedding(ids[:, -block_size:]) if prompt is None else prompt
             for _ in range(max_new_tokens):
                 if caches[0][0].length + x.size(1) > block_size:
-                    caches, x = self.decoder.new_caches(block_size), self.embedding(ids[:, -max(1, block_size // 2):])
+                    newer = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
+                    caches, x = self.decoder.new_caches(block_size), self.embedding(newer)
                 logits = self.head(self.hidden(x, caches)[:, -1])  # (B, vocab_size)
                 if never is not None:
                     logits[:, never] = -math.inf
-                token = sample_next(logits, temperature, top_k, top_p, generator)
+                token = sample_next(logits, temperature, top_k, top_p, generator, self.part)
                 if eos_id is not None:
                     token = token.masked_fill(ended, eos_id)
                     ended |= token == eos_id
                 yield token
                 if eos_id is not None and ended.all():
                     return
-                ids, x = torch.cat((ids, token[:, None]), dim=1), self.embedding(token[:, None])
+                columns.append(token)
+                x = self.embedding(token[:, None])
         finally:
             self.train(was_training)
 
@@ -834,8 +887,8 @@ class MLLM(nn.Module):
         self.config = config
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
-        init_weights(self.connector, 1)
-        self.vit.head = nn.Identity()  # a captioner needs features, not classes
+        init_weights(self.connector)
+        self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # a captioner needs features, not classes
 
     def n_image_tokens(self, image_size):
         """How many image tokens, and so placeholders, an image of image_size x image_size pixels takes."""

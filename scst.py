@@ -51,7 +51,8 @@ bleu_weight = 0.0  # BLEU-4 of a sentence, smoothed by one from n = 2 on
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
 samples = 2  # captions sampled for each photo; leave_one_out needs at least 2
-batch_size = 32  # photos a step
+batch_size = 32  # photos a step, over all processes and parts
+accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
 # optimization
 train_vit = False  # train the ViT too
 max_steps = 0  # 0: max_minutes alone decides
@@ -119,14 +120,36 @@ def advantages(rewards, greedy_rewards=None):
     return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
 
 
+def counted(sampled, eos_id):
+    """(n, T) sampled ids -> (n, T) mask of the tokens that count: the end token among them and nothing after it."""
+    return (sampled == eos_id).cumsum(dim=1) - (sampled == eos_id).long() == 0
+
+
 def scst_loss(log_probs, sampled, advantage, eos_id):
-    """Minus the mean of advantage * log p over the sampled tokens, the end token among them and nothing after it.
+    """Minus the sum of advantage * log p over the sampled tokens that count.
 
     log_probs: (n, T) of the sampled ids (n, T); advantage: (n,).
     """
-    ended_before = (sampled == eos_id).cumsum(dim=1) - (sampled == eos_id).long() > 0  # (n, T)
-    counts = (~ended_before).to(log_probs.dtype)
-    return -(advantage[:, None] * log_probs * counts).sum() / counts.sum()
+    return -(advantage[:, None] * log_probs * counted(sampled, eos_id)).sum()
+
+
+def describe(captions, rewards, greedy_rewards):
+    """What the log tells of the samples of a step (n word lists) and their (B, K) rewards."""
+    row = {"reward": rewards.mean().item(), "length": float(np.mean([len(c) - (END in c) for c in captions])),
+           "broken": 100 * float(np.mean([mllm.ends_badly(c[:-1], END in c) for c in captions])),
+           "distinct": 100 * len(set(map(tuple, captions))) / len(captions)}
+    if greedy_rewards is not None:
+        row |= {"greedy": greedy_rewards.mean().item(), "difference": (rewards - greedy_rewards[:, None]).mean().item()}
+    return row
+
+
+def step_flops(model, data, image_size, max_tokens, dev):
+    """FLOPs of the pass that learns, a caption, for one of half the longest length; writing it comes on top."""
+    images = data["images"][data["splits"]["train"][:1]].to(dev)
+    encode = lambda: model.encode(images).repeat_interleave(samples, dim=0)
+    prompts = model.prompt(samples, model.n_image_tokens(image_size), dev)
+    ids = torch.cat((prompts, torch.full((samples, max_tokens // 2), model.config.eos_id, device=dev)), dim=1)
+    return config.count_flops(model, lambda: model.log_probs(encode(), ids).sum())["Global"] / samples
 
 
 def lr_factor(step, progress):
@@ -182,25 +205,31 @@ def main(argv=None):
     reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
     # of the samples, over the interval: mean reward, that of the greedy captions, their difference, and so on
-    columns = ["reward", "greedy", "difference", "length", "broken", "distinct",
+    columns = ["reward", "greedy", "difference", "length", "broken", "distinct", "loss",
                *(f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES)]
-    log = config.Log(out, columns, clock, resumed)
+    per_step = min(batch_size, len(splits["train"]))  # photos
+    n_processes, peak = config.n_parts(per_step, accumulation) // accumulation, config.matmul_peak(dev, context)
+    log = config.Log(out, columns, clock, resumed, step_flops(model, data, sft["image_size"], max_tokens, dev),
+                     peak * n_processes)
+    print(f"{log.flops / 1e6:.0f} MFLOP a caption, of the pass that learns; "
+          f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters train, on {dev}; baseline {baseline}")
 
     step, history = start, []
-    steps_per_epoch = max(1, len(splits["train"]) // batch_size)
+    steps_per_epoch = len(splits["train"]) // per_step
     while True:
-        progress = clock.progress(step)
+        progress = config.from_main(clock.progress(step), dev)
         factor = lr_factor(step, progress)
-        if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
+        due = step % eval_interval == 0 or progress == 1
+        if due and not (resumed and step == start) and config.is_main():
             with clock.paused():
                 scores, _ = evaluate("val")
-                numbers = {name: [row[name] for row in history if name in row] for name in columns[:6]}
+                numbers = {name: [row[name] for row in history if name in row] for name in columns[:7]}
                 numbers = {name: float(np.mean(values)) for name, values in numbers.items() if values}
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
-                log.write(step, numbers | brief, factor * lr, batch_size * samples, "captions", file_only=scores)
+                log.write(step, numbers | brief, factor * lr, per_step * samples, "captions", file_only=scores)
                 history = []
                 is_best, best = scores["val_cider"] > best, max(scores["val_cider"], best)
                 saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
@@ -214,41 +243,49 @@ def main(argv=None):
             break
         epoch, position = divmod(step, steps_per_epoch)
         order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        rows = order[position * batch_size:(position + 1) * batch_size].tolist()  # of the training split
+        rows = order[position * per_step:(position + 1) * per_step].tolist()  # of the training split, all processes'
         torch.manual_seed(seed * 1_000_003 + step)  # augmentation and samples hang on the step alone: resuming is exact
-        sampler = torch.Generator(dev).manual_seed(seed * 1_000_003 + step)
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
         images = mllm.augment(data["images"][photos], said, sft["shift"], sft["mirror"])  # as in the training before
-        with context:
-            tokens = model.encode(images.to(dev)).repeat_interleave(samples, dim=0)  # (B * K, N, C), photo by photo
-            sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
-            greedy = None
-            if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
-                greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
-            prompts = model.prompt(len(sampled), tokens.size(1), dev)
-            log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]  # (B * K, T)
-        captions = to_words(sampled, tokenizer)
-        rewards = reward(captions, [i for i in rows for _ in range(samples)]).view(-1, samples)  # (B, K)
-        greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), rows)  # (B,)
-        advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
-        loss = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        config.check_finite(loss.item() + grad_norm.item(), step, out)
+        drafts, noise = [], -seed * 1_000_003 - step
+        for part in config.parts(model, per_step, accumulation, noise):  # write captions, see what they are worth
+            sampler = torch.Generator(dev).manual_seed(noise)
+            with context:
+                tokens = model.encode(images[part].to(dev)).repeat_interleave(samples, dim=0)  # (b * K, N, C)
+                sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
+                greedy = None
+                if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
+                    greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
+            captions = to_words(sampled, tokenizer)
+            rewards = reward(captions, [i for i in rows[part] for _ in range(samples)]).view(-1, samples)  # (b, K)
+            greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), rows[part])  # (b,)
+            drafts.append((tokens, sampled, rewards, greedy_rewards))
+            row = describe(captions, rewards, greedy_rewards)
+            means = config.sum_numbers(*(value / n_processes for value in row.values()), device=dev)
+            history.append(dict(zip(row, means)))
+        n_tokens, = config.sum_numbers(sum(counted(sampled, tokenizer.eos_id).sum() for _, sampled, *_ in drafts),
+                                       device=dev)  # of the whole batch
+        loss = 0.0
+        for tokens, sampled, rewards, greedy_rewards in drafts:  # learn from them
+            with context:
+                prompts = model.prompt(len(sampled), tokens.size(1), dev)
+                log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]
+            advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
+            share = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id) / n_tokens
+            share.backward()
+            loss += share.detach()
+        loss = config.sum_gradients(model, loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        history[-1]["loss"] = config.check_finite(loss, step, out)
         config.set_lr(optimizers, factor)
         optimizers[0].step()
         optimizers[0].zero_grad(set_to_none=True)
-        history.append({"reward": rewards.mean().item(),
-                        "length": float(np.mean([len(c) - (END in c) for c in captions])),
-                        "broken": 100 * float(np.mean([mllm.ends_badly(c[:-1], END in c) for c in captions])),
-                        "distinct": 100 * len(set(map(tuple, captions))) / len(captions)})
-        if greedy is not None:
-            history[-1] |= {"greedy": greedy_rewards.mean().item(),
-                            "difference": (rewards - greedy_rewards[:, None]).mean().item()}
         step += 1
         config.show_progress(f"step {step} | reward {history[-1]['reward']:.3f}")
 
+    if not config.is_main():
+        return
     config.plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
     shown, table, pictures = splits["test"][:12], [], []
     after = config.load(out / "scst.pt", train_with, dev)["model"]

@@ -33,9 +33,14 @@ compile = False  # torch.compile: a minute at the start, faster steps on a GPU
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 n_val = 5000  # images held out from the training set
-batch_size = 256  # images a step
+batch_size = 256  # images a step, over all processes and parts
+accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
 image_size = 64  # CIFAR's 32 pixels doubled: the stem's first convolution has stride 2, and stage 3 sees 64x64 photos
+first_size = 32  # the images grow from this size, patch by patch: 16 tokens cost a fifth of the time of 64
+growth = 0.7  # the share of the run in which they grow; 0: all images have image_size
 shift = 4  # training images move by up to so many of their 32 pixels, and half of them are mirrored
+cutmix = 0.0  # share of the batches in which each image gets a rectangle of another, and a share of its label
+mirror_eval = True  # evaluate by the mean of the logits of an image and of its mirror image
 # model
 patch_size = 8  # of the doubled pixels: 8x8 tokens an image
 n_layer = 6  # blocks
@@ -49,8 +54,8 @@ label_smoothing = 0.1  # share of the target that is spread over all classes
 # optimization
 max_steps = 20000  # 0: max_minutes alone decides
 max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
-muon_lr = 0.02  # peak rate of the weight matrices of linear layers; 0: AdamW for all
-adam_lr = 2e-3  # peak rate of everything else
+muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
+adam_lr = 4e-3  # peak rate of everything else
 weight_decay = 0.05  # of matrices and embeddings, in shares of the rate
 warmup_steps = 100  # steps in which the rate rises to its peak
 cooldown = 0.8  # the last part of the run, in which the rate falls to zero in a straight line
@@ -75,20 +80,36 @@ def resize(images, size):
     return images if images.size(-1) == size else F.interpolate(images, (size, size), mode="bilinear")
 
 
+def mix(images, labels, n_classes):
+    """CutMix (Yun et al. 2019): (B, 3, H, W) images, each with the same rectangle of another image of the batch, and
+    (B, n_classes) targets, the classes by the area that is theirs. Draws from torch's global generator."""
+    (B, _, H, W), dev = images.shape, images.device
+    share, y, x = torch.rand(3).tolist()
+    h, w = round(H * math.sqrt(share)), round(W * math.sqrt(share))
+    top, left = round(y * (H - h)), round(x * (W - w))
+    order, targets = torch.randperm(B, device=dev), F.one_hot(labels, n_classes).float()
+    images = images.clone()
+    images[:, :, top:top + h, left:left + w] = images[order, :, top:top + h, left:left + w]
+    return images, targets.lerp(targets[order], h * w / (H * W))
+
+
 @torch.no_grad()
-def predict(model, images, dev, context, batch_size=500):
-    """(n, 3, H, W) -> (n, n_classes) float32 logits, on the CPU"""
+def predict(model, images, dev, context, mirrored, batch_size=500):
+    """(n, 3, H, W) -> (n, n_classes) float32 logits, on the CPU; mirrored: the mean with those of the mirror images"""
     model.eval()
-    with context:
-        logits = [model(resize(batch.to(dev), model.config.image_size))[0].float().cpu()
-                  for batch in images.split(batch_size)]
+    logits, size = [], model.config.image_size
+    for batch in images.split(batch_size):
+        with context:
+            x = resize(batch.to(dev), size)
+            both = [model(view)[0].float() for view in ((x, x.flip(3)) if mirrored else (x,))]
+        logits.append(torch.stack(both).mean(dim=0).cpu())
     model.train()
     return torch.cat(logits)
 
 
 def evaluate(model, images, labels, dev, context):
     """(loss, accuracy, confusion): confusion[i, j] counts the images of class i that were taken for class j."""
-    logits = predict(model, images, dev, context)
+    logits = predict(model, images, dev, context, mirror_eval)
     confusion = torch.zeros(logits.size(1), logits.size(1), dtype=torch.long)
     confusion.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
     return F.cross_entropy(logits, labels).item(), confusion.trace().item() / len(labels), confusion
@@ -97,6 +118,13 @@ def evaluate(model, images, labels, dev, context):
 def lr_factor(step, progress):
     """The rates' share of their peaks: a linear warm-up, a plateau, then a straight line to zero at progress 1."""
     return min(1.0, (step + 1) / max(1, warmup_steps), (1.0 - progress) / max(cooldown, 1e-8))
+
+
+def size_at(progress):
+    """Pixels a side of the images at this share of the run: the sizes up to image_size, for equally long (as in Tan and
+    Le 2021, EfficientNetV2, without their stronger augmentation for larger images)."""
+    sizes = range(first_size, image_size, patch_size)
+    return image_size if progress >= growth else sizes[int(len(sizes) * progress / growth)] if sizes else image_size
 
 
 def report(confusion, classes, path):
@@ -121,12 +149,36 @@ def report(confusion, classes, path):
     print(f"wrote {path}")
 
 
+@torch.no_grad()
+def draw_predictions(model, images, labels, classes, path, dev, context):
+    """Draw images (n, 3, H, W), each beside itself lit by how much the pooling attends to its parts, with the class
+    that the model sees; where it is wrong, a red frame and what it is."""
+    model.eval()
+    n, size = len(images), 128  # pixels a side of a picture
+    with context:
+        x = resize(images.to(dev), model.config.image_size)
+        weights = model.pool.weights(model.features(x)).float().mean(dim=2)  # (n, N), the mean of the heads
+        said = model(x)[0].argmax(dim=1).tolist()
+    grid = (weights / weights.amax(dim=1, keepdim=True)).view(n, 1, model.grid, model.grid)
+    light = F.interpolate(grid, (size, size), mode="bilinear").cpu()  # (n, 1, size, size)
+    photos = F.interpolate(images.float(), (size, size))
+    pictures, titles = torch.cat((photos, photos * (0.15 + 0.85 * light)), dim=3).byte(), []
+    for picture, i, label in zip(pictures, said, labels.tolist()):
+        titles.append(classes[i] if i == label else f"{classes[i]}: wrong, a {classes[label]}")
+        if i != label:
+            frame = torch.ones(picture.shape[1:], dtype=torch.bool)
+            frame[4:-4, 4:-4] = False
+            picture[:, frame] = torch.tensor([[220], [30], [30]], dtype=torch.uint8)
+    model.train()
+    config.save_grid(path, list(pictures), titles, columns=5)
+
+
 def classify(model, classes, size, where, out, dev, context):
     """Print the five likeliest classes of the images at where, and draw them beside each. size: of CIFAR's images, to
     which a photo is reduced before resize() doubles it, so that it looks like what the model has learnt from."""
     photos, titles = config.open_images(where), []
     inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
-    for (name, _), logits in zip(photos, predict(model, inputs, dev, context)):
+    for (name, _), logits in zip(photos, predict(model, inputs, dev, context, mirror_eval)):
         top = logits.softmax(dim=0).topk(min(5, len(classes)))
         lines = [f"{classes[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())]
         print(f"{name}: " + ", ".join(lines))
@@ -162,6 +214,9 @@ def main(argv=None):
     data, classes = load_cifar()
     if len(data["train"][0]) < batch_size:
         config.fail(f"batch_size={batch_size} is larger than the training set of {len(data['train'][0])} images")
+    if first_size % patch_size or not 0 < first_size <= image_size:
+        config.fail(f"first_size={first_size}: a multiple of patch_size={patch_size}, up to image_size={image_size}")
+    n_parts = config.n_parts(batch_size, accumulation)
     images, labels = (t.to(dev) for t in data["train"])
     resumed = config.resume(out, init_from, settings, train_with)
     torch.manual_seed(seed)
@@ -180,22 +235,31 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
         start, best = resumed["step"], resumed["best"]
-    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
-    log = config.Log(out, ["train", "val", "val_accuracy", "test_accuracy"], clock, resumed)
+    flops = {size: config.count_flops(model, lambda: model(resize(images[:1], size), labels[:1])[1])
+             for size in range(first_size if growth else image_size, image_size + 1, patch_size)}  # of an image
+    peak = config.matmul_peak(dev, context)
     print(f"{len(images):,} images to train on, {n_val:,} to validate; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
+    for size, count in flops.items():
+        print(f"{size} pixels: {count['Global'] / 1e6:.0f} MFLOP an image, forward and backward, "
+              f"{100 * count['ViT.patches'] / count['Global']:.1f}% of them in the stem")
+    print(f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    log = config.Log(out, ["train", "val", "val_accuracy", "test_accuracy"], clock, resumed,
+                     peak=peak * n_parts / accumulation)
     run_model = config.maybe_compile(model, compile)
 
     step, losses = start, []
     steps_per_epoch = len(images) // batch_size
     while True:
-        progress = clock.progress(step)
+        progress = config.from_main(clock.progress(step), dev)
         factor = lr_factor(step, progress)
-        if (step % eval_interval == 0 or progress == 1) and not (resumed and step == start):
+        due = step % eval_interval == 0 or progress == 1
+        if due and not (resumed and step == start) and config.is_main():
             with clock.paused():
                 val, accuracy, _ = evaluate(model, *data["val"], dev, context)
                 config.check_finite(val, step, out)
-                numbers = {"train": float(np.mean(losses))} if losses else {}
+                numbers = {"train": torch.stack(losses).mean().item()} if losses else {}
                 numbers |= {"val": val, "val_accuracy": 100 * accuracy}
                 log.write(step, numbers, factor * adam_lr, batch_size, "img")
                 losses = []
@@ -214,25 +278,35 @@ def main(argv=None):
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         torch.manual_seed(seed * 1_000_003 + step)  # augmentation and dropout hang on the step alone: resuming is exact
         batch = order[position * batch_size:(position + 1) * batch_size].to(dev)
-        x = config.shift_and_mirror(images[batch], shift, torch.rand(batch_size) < 0.5)
-        with context:
-            _, loss = run_model(resize(x, model.config.image_size), labels[batch])
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        losses.append(loss.item())
-        config.check_finite(losses[-1] + grad_norm.item(), step, out)
+        x = config.shift_and_mirror(images[batch], shift, torch.rand(batch_size, device=dev) < 0.5)
+        y, loss = labels[batch], 0.0  # the whole batch in every process; each computes its parts
+        if cutmix and torch.rand(()) < cutmix:
+            x, y = mix(x, y, len(classes))
+        size = size_at(progress)
+        log.flops = flops[size]["Global"]
+        for part in config.parts(model, batch_size, accumulation, -seed * 1_000_003 - step):
+            with context:
+                share = run_model(resize(x[part], size), y[part])[1] / n_parts  # of the batch's loss
+            share.backward()
+            loss += share.detach()
+        losses.append(config.sum_gradients(model, loss))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         config.set_lr(optimizers, factor)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        config.show_progress(f"step {step} | loss {losses[-1]:.3f}")
+        if len(losses) > 1:  # read one step late, so that a GPU goes on working meanwhile
+            config.show_progress(f"step {step} | loss {config.check_finite(losses[-2], step - 2, out):.3f}")
 
+    if not config.is_main():
+        return
     config.plot(out, right=("val_accuracy",))
     model.load_state_dict(config.load(out / "best.pt", train_with, dev)["model"])
     with clock.paused():
         _, accuracy, confusion = evaluate(model, *data["test"], dev, context)
     log.write(step, {"test_accuracy": 100 * accuracy})
+    draw_predictions(model, *(t[:25] for t in data["test"]), classes, out / "predictions.png", dev, context)
     report(confusion, classes, out / "confusion.png")
     print(f"validation accuracy {100 * best:.2f}%, test accuracy {100 * accuracy:.2f}% "
           f"after {clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png")

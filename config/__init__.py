@@ -3,7 +3,8 @@ How a run is set up and kept: everything that is mechanical and the same in ever
 its model, its data and its training step.
 
     settings     override, read_settings          defaults < config files < --key=value, left to right
-    machine      pick_device, autocast
+    machine      pick_device, autocast, count_flops, matmul_peak
+    processes    parts, sum_gradients, from_main  a batch cut into parts: torchrun, gradient accumulation
     training     optimizers, set_lr, Clock        Muon + AdamW; progress by steps or minutes
     keeping      save, load, resume, Log          checkpoints, out/<run>/log.csv
     pictures     plot, save_grid                  loss.png, grids of captioned images
@@ -13,6 +14,7 @@ A config file, config/<recipe>.py, is 10-20 lines of `name = value  # why`. It i
 """
 
 import ast
+import atexit
 import contextlib
 import csv
 import difflib
@@ -27,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
@@ -143,15 +146,24 @@ def override(stage, argv=None):
 
 
 def pick_device(device):
-    """"auto" takes cuda, else mps, else cpu; anything else is passed to torch."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("a run is one process, and torchrun has started several that would write to one folder")
+    """"auto" takes cuda, else mps, else cpu; anything else is passed to torch. Under torchrun the processes find each
+    other here, and all but the first fall silent."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(0, device=device).device
+        dev = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):
         fail(f"device={device} is not to be had here; device=auto takes what there is")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if dev.type == "cuda":
+            torch.cuda.set_device(dev)
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")
+    return dev
 
 
 def autocast(device, dtype):
@@ -173,6 +185,99 @@ def maybe_compile(model, wanted):
     except RuntimeError as e:
         print(f"warning: torch.compile is not to be had here ({e}); going on without it")
         return model
+
+
+def count_flops(model, example):
+    """{part: FLOPs} of a forward and a backward pass: of the whole model, "Global", and of its modules, such as
+    "ViT.patches". example: a function that runs model forward and returns the loss."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one fused attention that torch leaves out
+    fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counter = FlopCounterMode(display=False, custom_mapping={
+        fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        fused_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)})
+    with counter:
+        example().backward()
+    model.zero_grad(set_to_none=True)
+    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
+def matmul_peak(device, context):
+    """The largest rate, in FLOP/s, of a product of two square matrices here, in the type that context computes in."""
+    best = 0.0
+    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        with context:
+            a = torch.randn(size, size, device=device)
+            a = a.to((a[:1, :1] @ a[:1, :1]).dtype)
+            for _ in range(4):
+                start = time.perf_counter()
+                (a @ a)[0, 0].item()  # waits for the device
+                best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def is_main():
+    """Whether this process is the one that prints and writes: the first of those that torchrun started, or the only."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def n_parts(batch_size, accumulation):
+    """Into how many parts a step cuts its batch: accumulation of them one after the other in each process."""
+    n = accumulation * (dist.get_world_size() if dist.is_initialized() else 1)
+    if accumulation < 1 or batch_size % n:
+        fail(f"batch_size={batch_size} cannot be cut into {n} equal parts (accumulation={accumulation} a process)")
+    return n
+
+
+def parts(model, batch_size, accumulation, noise_seed):
+    """Yields the slices of a batch that this process computes, one after the other: all of it where nothing is cut.
+
+    What the model draws at random, dropout and samples, is drawn anew for the whole batch in each part, and the part
+    takes what is its own (see model.Dropout): the same batch_size is the same training, however it is cut.
+    """
+    n, first = n_parts(batch_size, accumulation), accumulation * (dist.get_rank() if dist.is_initialized() else 0)
+    noisy = [module for module in model.modules() if hasattr(module, "part")]
+    for i in range(first, first + accumulation):
+        for module in noisy:
+            module.part = (i, n)
+        torch.manual_seed(noise_seed)
+        yield slice(i * batch_size // n, (i + 1) * batch_size // n)
+    for module in noisy:
+        module.part = (0, 1)
+
+
+def sum_gradients(model, loss):
+    """Add the gradients of the processes up, and their losses; returns the sum of the latter, a scalar tensor."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([loss.view(1).float(), *(g.flatten() for g in gradients)])
+        dist.all_reduce(flat)
+        for g, total in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
+            g.copy_(total.view_as(g))
+        loss = flat[0]
+    return loss
+
+
+def sum_numbers(*numbers, device="cpu"):
+    """The sums of some numbers over the processes, as a list of float."""
+    if not dist.is_initialized():
+        return list(map(float, numbers))
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def from_main(number, device="cpu"):
+    """The first process's number, where each has its own: what its clock says decides for all."""
+    if not dist.is_initialized():
+        return number
+    said = torch.tensor([number], dtype=torch.float64, device=device)
+    dist.broadcast(said, 0)
+    return said.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,11 +317,11 @@ def at_least(least, **settings):
             fail(f"{name}={value}: at least {least}")
 
 
-def check_finite(value, step, out_dir):
-    """End the run, with the step's number, where a loss or a gradient's norm is not finite."""
-    if not math.isfinite(value):
-        good = Path(out_dir) / "last.pt"
-        fail(f"the loss or its gradient is {value} at step {step}; {good} is the last good checkpoint")
+def check_finite(loss, step, out_dir):
+    """The loss, a number or a scalar tensor, as a float; where it is not finite the run ends and names the step."""
+    if not math.isfinite(loss):
+        fail(f"the loss is {float(loss)} at step {step}; {Path(out_dir) / 'last.pt'} is the last good checkpoint")
+    return float(loss)
 
 
 class Clock:
@@ -248,14 +353,13 @@ class Clock:
 def shift_and_mirror(images, shift, mirrored):
     """(B, 3, H, W) images, each moved by up to shift pixels in both directions (what comes in is black) and, where the
     (B,) booleans say so, mirrored. Draws from torch's global generator."""
-    B, _, H, W = images.shape
+    (B, _, H, W), dev = images.shape, images.device
     padded = torch.nn.functional.pad(images, (shift,) * 4)
-    top, left = torch.randint(2 * shift + 1, (2, B))
-    rows, columns = top[:, None] + torch.arange(H), left[:, None] + torch.arange(W)  # (B, H), (B, W)
+    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=dev)
+    rows, columns = top + torch.arange(H, device=dev), left + torch.arange(W, device=dev)  # (B, H), (B, W)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    index = torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]
-    each, rows, columns = (i.to(images.device) for i in index)
-    return padded[each, :, rows, columns].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+    each = torch.arange(B, device=dev)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def show_progress(text):
@@ -270,6 +374,8 @@ def show_progress(text):
 
 def save(path, checkpoint):
     """Write a checkpoint (tensors and plain values) to a temporary name and move it into place."""
+    if not is_main():
+        return
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -326,14 +432,17 @@ def set_aside(out_dir):
 class Log:
     """One printed line an interval, and the same as a row of out_dir/log.csv."""
 
-    def __init__(self, out_dir, columns, clock, resume=None):
+    def __init__(self, out_dir, columns, clock, resume=None, flops=0.0, peak=0.0):
         """columns: the names of the numbers that write() may be given; resume: the checkpoint that the run goes on
-        from, whose later rows are dropped; without one the run is new, and checkpoints in its folder are set aside."""
+        from, whose later rows are dropped; without one the run is new, and checkpoints in its folder are set aside.
+        flops: the arithmetic of one item (token, image) in a step; peak: the FLOP/s that the processes could reach."""
+        self.path, self.clock, self.flops, self.peak = Path(out_dir) / "log.csv", clock, flops, peak
+        self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "share_of_peak", "minutes"]
+        if not is_main():
+            return
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         if resume is None:
             set_aside(out_dir)
-        self.path, self.clock = Path(out_dir) / "log.csv", clock
-        self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
         self.last = (resume["step"] if resume else 0, clock.seconds())
         rows = []
         if resume and self.path.is_file():
@@ -346,7 +455,9 @@ class Log:
 
     def write(self, step, numbers, lr=None, items=None, unit="", file_only=None):
         """numbers: {column: number or str}; file_only: more of them, not printed; items: how many units (tokens,
-        images) one step takes."""
+        images) one step takes. The share of the peak is that of the matrix products, at the measured pace."""
+        if not is_main():
+            return
         text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
         for name, value in (numbers | (file_only or {})).items():
             row[name] = value if isinstance(value, str) else f"{value:.6g}"
@@ -361,9 +472,11 @@ class Log:
             if step > last_step:
                 rate = items / pace
                 short = f"{rate / 1000:.1f}k" if rate > 9999 else f"{rate:.0f}"
-                text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s"]
+                share = rate * self.flops / self.peak if self.peak else 0.0
+                text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s", f"{100 * share:.0f}% of peak"]
                 text += [f"{int(left) // 60}m{int(left) % 60:02d}s left"]
-                row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{rate:.1f}"}
+                row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{rate:.1f}",
+                        "share_of_peak": f"{share:.4f}"}
             row |= {"lr": f"{lr:.4e}"}
         row["minutes"] = f"{self.clock.seconds() / 60:.3f}"
         show_progress("")

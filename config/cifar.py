@@ -1,0 +1,12 @@
+"""CIFAR-10 on one GPU. Started on a CPU for a few steps, and never yet run to its end on a GPU, so that README has no
+row for it."""
+out_dir = "out/cifar"
+max_minutes = 8.0
+max_steps = 0
+batch_size = 512
+patch_size = 4  # 16x16 patches an image, as Compact Transformers have; stage 3 has its own patches of 8 pixels
+n_layer = 7
+n_head = 4
+n_embd = 256
+cutmix = 0.5  # some two hundred epochs: what is not mixed would be known by heart
+eval_interval = 1000
