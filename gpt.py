@@ -166,30 +166,30 @@ def main(argv=None):
     beginning = "" if hasattr(tokenizer, "bos_id") else "\n"  # of the samples; an empty one needs a first token
     x, y = get_batch(train_ids)
     flops = config.count_flops(model, lambda: model(x[:1], y[:1])[1])["Global"] / block_size  # of a token
-    peak = config.matmul_peak(dev, context)
     print(f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}\n"
-          f"{flops / 1e6:.1f} MFLOP a token, forward and backward; "
-          f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+          f"{flops / 1e6:.1f} MFLOP a token, forward and backward")
+    peak = config.matmul_peak(dev, context)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
-    log = config.Log(out, ["train", "val"], clock, resumed, flops, peak * n_parts / accumulation)
+    log = config.Log(out, ["train", "val"], clock, resumed, flops, peak)
+    samples = {share: text for share, text in samples.items() if float(share[:-1]) <= 100 * clock.progress(start)}
     run_model = config.maybe_compile(model, compile)
 
     step, losses = start, []
     while True:
-        progress = config.from_main(clock.progress(step), dev)
+        progress = clock.shared_progress(step, dev)
         factor = lr_factor(step, progress)
         milestone = f"{100 * max(share for share in MILESTONES if share <= progress):.0f}%"
-        due = step % eval_interval == 0 or progress == 1 or milestone not in samples
+        if milestone not in samples and config.is_main():
+            with clock.paused():
+                samples[milestone] = write_texts(model, tokenizer, beginning, 1, dev, context)[0][0]
+        due = step % eval_interval == 0 or progress == 1
         if due and not (resumed and step == start) and config.is_main():
             with clock.paused():
                 val = evaluate(model, val_ids, model.config.block_size, batch_size, dev, context)
                 config.check_finite(val, step, out)
                 numbers = {"train": torch.stack(losses).mean().item(), "val": val} if losses else {"val": val}
                 log.write(step, numbers, factor * adam_lr, batch_size * block_size, "tok")
-                if milestone not in samples:
-                    samples[milestone] = write_texts(model, tokenizer, beginning, 1, dev, context)[0][0]
-                losses = []
                 is_best, best = val < best, min(val, best)
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
                               "optimizers": [o.state_dict() for o in optimizers], "settings": settings, "step": step,
@@ -198,18 +198,21 @@ def main(argv=None):
                 if is_best:
                     config.save(out / "best.pt", checkpoint)
                 config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
+        if due:
+            losses = []
         if progress == 1:
             break
         torch.manual_seed(seed * 1_000_003 + step)  # batch and dropout depend on the step alone: resuming is exact
         x, y = get_batch(train_ids)  # the whole batch in every process; each computes its parts
         loss = 0.0
-        for part in config.parts(model, batch_size, accumulation, -seed * 1_000_003 - step):
+        for part in config.parts(model, batch_size, accumulation, seed, step):
             with context:
                 share = run_model(x[part], y[part])[1] / n_parts  # of the loss of the batch
             share.backward()
             loss += share.detach()
-        losses.append(config.sum_gradients(model, loss))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        loss = config.sum_gradients(model, loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        losses.append(loss + 0 * grad_norm)  # not finite where the gradient is not
         config.set_lr(optimizers, factor)
         for optimizer in optimizers:
             optimizer.step()

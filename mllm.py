@@ -497,20 +497,20 @@ def main(argv=None):
     if resumed:
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
-    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
     columns = ["phase", "train", "val", *(f"{split}_{name}" for split in ("val", "test") for name in SCORES)]
     per_step = min(batch_size, len(splits["train"]))  # photos
-    peak, n_parts = config.matmul_peak(dev, context), config.n_parts(per_step, accumulation)
-    log = config.Log(out, columns, clock, resumed, step_flops(model, data, dev), peak * n_parts / accumulation)
-    print(f"{log.flops / 1e6:.0f} MFLOP a caption, forward and backward; "
-          f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+    config.n_parts(per_step, accumulation)  # fails where the photos cannot be cut so
+    flops, peak = step_flops(model, data, dev), config.matmul_peak(dev, context)
+    print(f"{flops / 1e6:.0f} MFLOP a caption, forward and backward")
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    log = config.Log(out, columns, clock, resumed, flops, peak)
     run_model = config.maybe_compile(model, compile)
     shown = splits["val"][:12]  # the photos of captions.png, the same at every evaluation
 
     step, losses = start, []
     steps_per_epoch = len(splits["train"]) // per_step
     while True:
-        progress = config.from_main(clock.progress(step), dev)
+        progress = clock.shared_progress(step, dev)
         switch = phase == "align" and progress >= align_share
         due = step % eval_interval == 0 or progress == 1 or switch
         if due and not (resumed and step == start) and config.is_main():
@@ -526,7 +526,6 @@ def main(argv=None):
                     config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
                 log.write(step, numbers, factor * adam_lr, per_step * captions_per_photo, "captions",
                           file_only={f"val_{name}": value for name, value in scores.items()})
-                losses = []
                 score = scores["cider"] if phase == "sft" else -numbers["val"]
                 is_best, best[phase] = score > best[phase], max(score, best[phase])
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
@@ -536,6 +535,8 @@ def main(argv=None):
                 if is_best:
                     config.save(out / f"{phase}.pt", checkpoint)
                 config.save(out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
+        if due:
+            losses = []
         if progress == 1:
             break
         if switch:
@@ -550,7 +551,7 @@ def main(argv=None):
         photos = [splits["train"][i] for i in order[position * per_step:(position + 1) * per_step]]
         images, inputs, targets = get_batch(data, photos, n_image_tokens)  # of all processes; each computes its parts
         loss = 0.0
-        for part in config.parts(model, per_step, accumulation, -seed * 1_000_003 - step):
+        for part in config.parts(model, per_step, accumulation, seed, step):
             rows = slice(part.start * captions_per_photo, part.stop * captions_per_photo)
             with context:
                 tokens = model.encode(images[part].to(dev)).repeat_interleave(captions_per_photo, dim=0)
@@ -558,8 +559,9 @@ def main(argv=None):
             share = mean * ((targets[rows] >= 0).sum() / (targets >= 0).sum()).item()  # of the loss of the batch
             share.backward()
             loss += share.detach()
-        losses.append(config.sum_gradients(model, loss))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        loss = config.sum_gradients(model, loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        losses.append(loss + 0 * grad_norm)  # not finite where the gradient is not
         config.set_lr(optimizers, factor)
         for optimizer in optimizers:
             optimizer.step()

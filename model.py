@@ -342,7 +342,7 @@ class Dropout(nn.Module):
             return x
         i, n = self.part
         keep = x.new_empty(n * x.size(0), *x.shape[1:]).bernoulli_(1 - self.p)  # (n * B, ...)
-        return x * keep.chunk(n)[i].div_(1 - self.p)
+        return x * (keep.chunk(n)[i] / (1 - self.p))
 
 
 class FeedForward(nn.Module):
@@ -585,21 +585,19 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         if stem not in ("patch", "conv"):
             raise ValueError(f"stem {stem!r}: patch or conv")
-        if stem == "conv" and patch_size & (patch_size - 1):
-            raise ValueError(f"the convolutional stem halves the image: patch_size={patch_size} is no power of 2")
+        if stem == "conv" and (patch_size < 2 or patch_size & (patch_size - 1)):
+            raise ValueError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
         self.patch_size = patch_size
         if stem == "patch":
             self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
             return
+        unit = lambda a, b, stride: [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(1, b), nn.ReLU()]
         halvings = patch_size.bit_length() - 1
-        widths = [n_embd // 4, *[3 * n_embd // 8] * (halvings - 2), n_embd][-halvings:]  # 128 channels: 32, 48, 128
-        layers, channels = [], 3
-        for i, width in enumerate(widths):
-            if 0 < i == len(widths) - 1:  # before the last halving, one that keeps the size
-                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(1, channels), nn.ReLU()]
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.ReLU()]
-            channels = width
-        self.stem = nn.Sequential(*layers, nn.Conv2d(channels, n_embd, 1))
+        widths = [3, n_embd // 4, *[3 * n_embd // 8] * (halvings - 2)] if halvings > 1 else [3]  # such as 3, 32, 48
+        layers = [layer for a, b in zip(widths, widths[1:]) for layer in unit(a, b, 2)]
+        if halvings > 1:  # before the last halving, a convolution that keeps the size
+            layers += unit(widths[-1], widths[-1], 1)
+        self.stem = nn.Sequential(*layers, *unit(widths[-1], n_embd, 2), nn.Conv2d(n_embd, n_embd, 1))
 
     def forward(self, images):
         H, W = images.shape[-2:]
@@ -656,7 +654,9 @@ class ViT(nn.Module):
         if H == W == self.grid:
             return self.position(x)
         table = self.position.positions.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
-        table = F.interpolate(table, (H, W), mode="bicubic", antialias=True)
+        if x.device.type == "mps":  # which lacks the backward pass of this interpolation
+            table = table.cpu()
+        table = F.interpolate(table, (H, W), mode="bicubic", antialias=True).to(x.device)
         return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
 
     def features(self, images):

@@ -126,7 +126,7 @@ def counted(sampled, eos_id):
 
 
 def scst_loss(log_probs, sampled, advantage, eos_id):
-    """Minus the sum of advantage * log p over the sampled tokens that count.
+    """Minus the sum of advantage * log p over the sampled tokens that count; main() divides by how many those are.
 
     log_probs: (n, T) of the sampled ids (n, T); advantage: (n,).
     """
@@ -203,29 +203,30 @@ def main(argv=None):
         start, best = resumed["step"], resumed["best"]
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
-    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
     # of the samples, over the interval: mean reward, that of the greedy captions, their difference, and so on
-    columns = ["reward", "greedy", "difference", "length", "broken", "distinct", "loss",
+    of_samples = ["reward", "greedy", "difference", "length", "broken", "distinct", "loss"]
+    columns = [*of_samples,
                *(f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES)]
     per_step = min(batch_size, len(splits["train"]))  # photos
-    n_processes, peak = config.n_parts(per_step, accumulation) // accumulation, config.matmul_peak(dev, context)
-    log = config.Log(out, columns, clock, resumed, step_flops(model, data, sft["image_size"], max_tokens, dev),
-                     peak * n_processes)
-    print(f"{log.flops / 1e6:.0f} MFLOP a caption, of the pass that learns; "
-          f"matrix products reach {peak / 1e9:,.0f} GFLOP/s here")
+    config.n_parts(per_step, accumulation)  # fails where the photos cannot be cut so
+    flops = step_flops(model, data, sft["image_size"], max_tokens, dev)
+    peak = config.matmul_peak(dev, context)
+    clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
+    log = config.Log(out, columns, clock, resumed, flops, peak)
+    print(f"{flops / 1e6:.0f} MFLOP a caption, of the pass that learns")
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
           f"{sum(p.numel() for p in model.parameters()):,} parameters train, on {dev}; baseline {baseline}")
 
     step, history = start, []
     steps_per_epoch = len(splits["train"]) // per_step
     while True:
-        progress = config.from_main(clock.progress(step), dev)
+        progress = clock.shared_progress(step, dev)
         factor = lr_factor(step, progress)
         due = step % eval_interval == 0 or progress == 1
         if due and not (resumed and step == start) and config.is_main():
             with clock.paused():
                 scores, _ = evaluate("val")
-                numbers = {name: [row[name] for row in history if name in row] for name in columns[:7]}
+                numbers = {name: [row[name] for row in history if name in row] for name in of_samples}
                 numbers = {name: float(np.mean(values)) for name, values in numbers.items() if values}
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
@@ -248,12 +249,11 @@ def main(argv=None):
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
         images = mllm.augment(data["images"][photos], said, sft["shift"], sft["mirror"])  # as in the training before
-        drafts, noise = [], -seed * 1_000_003 - step
-        for part in config.parts(model, per_step, accumulation, noise):  # write captions, see what they are worth
-            sampler = torch.Generator(dev).manual_seed(noise)
+        drafts = []
+        for part in config.parts(model, per_step, accumulation, seed, step):  # write captions, see what they are worth
             with context:
                 tokens = model.encode(images[part].to(dev)).repeat_interleave(samples, dim=0)  # (b * K, N, C)
-                sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, generator=sampler)
+                sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0)
                 greedy = None
                 if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
                     greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
@@ -262,7 +262,7 @@ def main(argv=None):
             greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), rows[part])  # (b,)
             drafts.append((tokens, sampled, rewards, greedy_rewards))
             row = describe(captions, rewards, greedy_rewards)
-            means = config.sum_numbers(*(value / n_processes for value in row.values()), device=dev)
+            means = config.sum_numbers(*(value / config.n_processes() for value in row.values()), device=dev)
             history.append(dict(zip(row, means)))
         n_tokens, = config.sum_numbers(sum(counted(sampled, tokenizer.eos_id).sum() for _, sampled, *_ in drafts),
                                        device=dev)  # of the whole batch
@@ -276,8 +276,8 @@ def main(argv=None):
             share.backward()
             loss += share.detach()
         loss = config.sum_gradients(model, loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        history[-1]["loss"] = config.check_finite(loss, step, out)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        history[-1]["loss"] = config.check_finite(loss + 0 * grad_norm, step, out)
         config.set_lr(optimizers, factor)
         optimizers[0].step()
         optimizers[0].zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@ its model, its data and its training step.
 
     settings     override, read_settings          defaults < config files < --key=value, left to right
     machine      pick_device, autocast, count_flops, matmul_peak
-    processes    parts, sum_gradients, from_main  a batch cut into parts: torchrun, gradient accumulation
+    processes    parts, sum_gradients             a batch cut into parts: torchrun, gradient accumulation
     training     optimizers, set_lr, Clock        Muon + AdamW; progress by steps or minutes
     keeping      save, load, resume, Log          checkpoints, out/<run>/log.csv
     pictures     plot, save_grid                  loss.png, grids of captioned images
@@ -41,10 +41,13 @@ def fail(message):
 
 
 def one_line_errors(main):
-    """Decorator of a script's main(): Ctrl-C and a file system that refuses end in one line, without a traceback."""
+    """Decorator of a script's main(): Ctrl-C and a file system that refuses end in one line, without a traceback; of
+    the processes that torchrun starts, the first alone speaks."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")
         try:
             return main(argv)
         except KeyboardInterrupt:
@@ -147,22 +150,22 @@ def override(stage, argv=None):
 
 def pick_device(device):
     """"auto" takes cuda, else mps, else cpu; anything else is passed to torch. Under torchrun the processes find each
-    other here, and all but the first fall silent."""
+    other here, each with a GPU of its own where there are GPUs."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device == "cuda":
+        mps = torch.backends.mps.is_available() and not several
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if several and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         dev = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):
         fail(f"device={device} is not to be had here; device=auto takes what there is")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if several and not dist.is_initialized():
         if dev.type == "cuda":
             torch.cuda.set_device(dev)
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-        if not is_main():
-            sys.stdout = open(os.devnull, "w")
     return dev
 
 
@@ -191,7 +194,7 @@ def count_flops(model, example):
     """{part: FLOPs} of a forward and a backward pass: of the whole model, "Global", and of its modules, such as
     "ViT.patches". example: a function that runs model forward and returns the loss."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one fused attention that torch leaves out
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch leaves out
     fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     counter = FlopCounterMode(display=False, custom_mapping={
         fused: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -203,17 +206,19 @@ def count_flops(model, example):
 
 
 def matmul_peak(device, context):
-    """The largest rate, in FLOP/s, of a product of two square matrices here, in the type that context computes in."""
+    """The largest rate, in FLOP/s, of a product of two square matrices here, in the type that context computes in,
+    times the number of processes."""
     best = 0.0
     for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         with context:
-            a = torch.randn(size, size, device=device)
-            a = a.to((a[:1, :1] @ a[:1, :1]).dtype)
+            dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+            a = torch.randn(size, size, device=device).to(dtype)
             for _ in range(4):
                 start = time.perf_counter()
                 (a @ a)[0, 0].item()  # waits for the device
                 best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
-    return best
+    print(f"matrix products reach {best / 1e9:,.0f} GFLOP/s here ({dtype})".replace("torch.", ""))
+    return best * n_processes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,29 +227,34 @@ def matmul_peak(device, context):
 
 def is_main():
     """Whether this process is the one that prints and writes: the first of those that torchrun started, or the only."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def n_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def n_parts(batch_size, accumulation):
     """Into how many parts a step cuts its batch: accumulation of them one after the other in each process."""
-    n = accumulation * (dist.get_world_size() if dist.is_initialized() else 1)
+    n = accumulation * n_processes()
     if accumulation < 1 or batch_size % n:
         fail(f"batch_size={batch_size} cannot be cut into {n} equal parts (accumulation={accumulation} a process)")
     return n
 
 
-def parts(model, batch_size, accumulation, noise_seed):
+def parts(model, batch_size, accumulation, seed, step):
     """Yields the slices of a batch that this process computes, one after the other: all of it where nothing is cut.
 
-    What the model draws at random, dropout and samples, is drawn anew for the whole batch in each part, and the part
-    takes what is its own (see model.Dropout): the same batch_size is the same training, however it is cut.
+    A run is to be the same however its batches are cut, so every process makes the whole batch, its random shifts and
+    all, and takes its slices. What the model itself draws at random, dropout and samples, is drawn for the whole batch
+    too: each part starts from the same seed, and modules with an attribute `part` keep what is theirs (model.Dropout).
     """
     n, first = n_parts(batch_size, accumulation), accumulation * (dist.get_rank() if dist.is_initialized() else 0)
     noisy = [module for module in model.modules() if hasattr(module, "part")]
     for i in range(first, first + accumulation):
         for module in noisy:
             module.part = (i, n)
-        torch.manual_seed(noise_seed)
+        torch.manual_seed(-seed * 1_000_003 - step)  # other numbers than those that the batch was drawn with
         yield slice(i * batch_size // n, (i + 1) * batch_size // n)
     for module in noisy:
         module.part = (0, 1)
@@ -258,7 +268,7 @@ def sum_gradients(model, loss):
         dist.all_reduce(flat)
         for g, total in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
             g.copy_(total.view_as(g))
-        loss = flat[0]
+        loss = flat[0].clone()  # not a view, which would keep all of flat
     return loss
 
 
@@ -269,15 +279,6 @@ def sum_numbers(*numbers, device="cpu"):
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
-
-
-def from_main(number, device="cpu"):
-    """The first process's number, where each has its own: what its clock says decides for all."""
-    if not dist.is_initialized():
-        return number
-    said = torch.tensor([number], dtype=torch.float64, device=device)
-    dist.broadcast(said, 0)
-    return said.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +343,15 @@ class Clock:
         by_time = self.seconds() / self.max_seconds if self.max_seconds > 0 else 0.0
         return min(1.0, max(by_steps, by_time))
 
+    def shared_progress(self, step, device):
+        """progress(), the same in all processes: where minutes count, the first process's clock decides."""
+        progress = self.progress(step)
+        if dist.is_initialized() and self.max_seconds > 0:
+            said = torch.tensor([progress], device=device)
+            dist.broadcast(said, 0)
+            progress = said.item()
+        return progress
+
     @contextlib.contextmanager
     def paused(self):
         self.stopped = time.time()
@@ -374,8 +384,6 @@ def show_progress(text):
 
 def save(path, checkpoint):
     """Write a checkpoint (tensors and plain values) to a temporary name and move it into place."""
-    if not is_main():
-        return
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -411,8 +419,8 @@ def resume(out_dir, init_from, settings, train_with, start="scratch"):
     if init_from == start:
         return None
     checkpoint = load(Path(out_dir) / "last.pt", train_with)
-    free = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "max_new_tokens",
-            "temperature", "top_k", "top_p", "num_samples"}
+    free = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "accumulation",
+            "max_new_tokens", "temperature", "top_k", "top_p", "num_samples"}
     for name, was in checkpoint["settings"].items():
         if name in settings and settings[name] != was:
             if name not in free:
@@ -456,8 +464,6 @@ class Log:
     def write(self, step, numbers, lr=None, items=None, unit="", file_only=None):
         """numbers: {column: number or str}; file_only: more of them, not printed; items: how many units (tokens,
         images) one step takes. The share of the peak is that of the matrix products, at the measured pace."""
-        if not is_main():
-            return
         text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
         for name, value in (numbers | (file_only or {})).items():
             row[name] = value if isinstance(value, str) else f"{value:.6g}"
