@@ -10,7 +10,7 @@ minutes on two CPU cores with AVX512-BF16 (one seed).
 Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2
 left them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config
 files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt,
-sft.pt (the best validation CIDEr, which scst.py starts from) and last.pt to out_dir.
+sft.pt (the best on validation, by CIDEr or, of drawn images, by captions all right; scst.py starts from it) and last.pt.
 """
 
 import dataclasses
@@ -526,7 +526,8 @@ def main(argv=None):
                     config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
                 log.write(step, numbers, factor * adam_lr, per_step * captions_per_photo, "captions",
                           file_only={f"val_{name}": value for name, value in scores.items()})
-                score = scores["cider"] if phase == "sft" else -numbers["val"]
+                # of drawn images CIDEr tells which of the five wordings it chose, more than whether it is right
+                score = scores.get("all_right", scores["cider"]) if phase == "sft" else -numbers["val"]
                 is_best, best[phase] = score > best[phase], max(score, best[phase])
                 checkpoint = {"model": model.state_dict(), "config": dataclasses.asdict(model.config),
                               "optimizers": [o.state_dict() for o in optimizers], "settings": settings, "step": step,
@@ -584,7 +585,8 @@ def main(argv=None):
           f"{scores['cider']:.2f} against their own")
     if "all_right" in scores:
         print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
-    print(f"best validation CIDEr {best['sft']:.2f} after {clock.seconds() / 60:.1f} minutes of training; "
+    print(f"best validation {'share all right' if data['drawn'] else 'CIDEr'} {best['sft']:.2f} after "
+          f"{clock.seconds() / 60:.1f} minutes of training; "
           f"wrote {out}/captions.png, loss.png, sft.pt")
 
 

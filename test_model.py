@@ -793,7 +793,7 @@ def test_wrong_settings_end_in_one_line():
 def test_every_recipe_sets_only_what_its_stage_has():
     stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "flickr8k": "mllm"}
     for recipe in sorted(Path(__file__).parent.glob("config/[!_]*.py")):
-        stage = "scst" if "scst" in recipe.name else stages[recipe.name.split("_")[0]]
+        stage = "scst" if "scst" in recipe.name else stages[recipe.stem.split("_")[0]]
         known = config.read_settings(Path(__file__).parent / f"{stage}.py")
         for name, (value, _) in config.read_settings(recipe).items():
             assert name in known and type(value) is type(known[name][0]), f"{recipe.name}: {name}"
@@ -1245,6 +1245,15 @@ def test_vit_runs_resumes_and_classifies():
         said = run(vit, *TOY[vit], "--image=.")
         assert said.count("%") == 10 and "photo.png" in said and Path("out/vit/classified.png").exists()
         check_bad_images(vit)
+
+
+def test_the_recipes_for_a_gpu_start():
+    recipes = Path(__file__).parent / "config"
+    with in_new_folder():
+        make_toy_data()
+        few = (*COMMON, "--max_steps=2", "--batch_size=4")
+        assert "10,6" in run(gpt, str(recipes / "shakespeare.py"), *few, "--max_new_tokens=2")  # million parameters
+        assert "step 2/2" in run(vit, str(recipes / "cifar.py"), *few, "--n_val=8")
 
 
 def check_bad_images(stage):
