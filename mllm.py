@@ -6,7 +6,7 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
     python prepare_flickr8k.py && python gpt.py config/captions_cpu.py && python mllm.py config/flickr8k_cpu.py
 
 Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 28 from config/flickr8k_cpu.py: 24
-minutes on two CPU cores with AVX512-BF16 (one seed).
+minutes on two CPU cores with AVX512-BF16 (one seed; the second figure is of an older commit, see README).
 Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2
 left them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config
 files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt,

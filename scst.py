@@ -6,7 +6,7 @@ Stage 4: self-critical sequence training (Rennie et al. 2017) raises the caption
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
 
 Expect the test CIDEr of config/flickr8k_cpu.py to go from 28 to 37: 16 minutes on two CPU cores with AVX512-BF16 (one
-seed).
+seed, of an older commit, see README).
 
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
