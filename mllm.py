@@ -10,7 +10,7 @@ minutes on two CPU cores with AVX512-BF16 (one seed; the second figure is of an 
 Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2
 left them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config
 files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt,
-sft.pt (the best on validation, by CIDEr or, of drawn images, by captions all right; scst.py starts from it) and last.pt.
+sft.pt (the best on validation, by CIDEr or, of drawn images, by captions all right; for scst.py) and last.pt.
 """
 
 import dataclasses

@@ -1160,8 +1160,8 @@ TOY = {  # at least one source of randomness of each kind is on: batches, dropou
 def log_rows(folder):
     """The rows of log.csv without the columns that tell the time."""
     with open(Path(folder, "log.csv"), newline="") as f:
-        return [{k: v for k, v in row.items() if k not in ("ms_per_step", "items_per_second", "share_of_peak", "minutes")}
-                for row in csv.DictReader(f)]
+        timing = ("ms_per_step", "items_per_second", "share_of_peak", "minutes")
+        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(f)]
 
 
 def check_stage(stage, best):
