@@ -127,7 +127,7 @@ def main(argv=None):
     context = config.autocast(dev, dtype)
 
     if prompt or eval_only:  # use what a run has learnt
-        checkpoint = config.load(out / "best.pt", train_with, dev, has="vocab_size")
+        checkpoint = config.load(out / "best.pt", train_with, dev, has=("block_size",))
         model, tokenizer = GPT(GPTConfig(**checkpoint["config"])).to(dev), tokenizer_from_state(checkpoint["tokenizer"])
         model.load_state_dict(checkpoint["model"])
         if eval_only:

@@ -14,8 +14,10 @@ sft.pt (the best on validation, by CIDEr or, of drawn images, by captions all ri
 """
 
 import dataclasses
+import hashlib
 import math
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -31,6 +33,8 @@ init_from = "scratch"  # or "resume": go on from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
 eval_split = "val"  # what eval_only evaluates: val or test
 image = ""  # caption this file, folder or URL and stop
+judgements = ""  # Flickr8k_text.zip: print how CIDEr and BLEU agree with its human judgements and stop
+baselines = False  # print what people, the nearest photos' captions and out_dir/sft.pt score on eval_split and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 on CUDA, else float32
 compile = False  # torch.compile: a minute at the start, faster steps on a GPU
@@ -39,16 +43,20 @@ seed = 1337  # of everything random: weights, batches, dropout, samples
 dataset = "shapes"  # drawn here; or the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
 n_drawn = 10000  # images to draw: a twentieth to validate, as many to test, the rest to train on
 image_size = 48  # pixels a side that the model sees
-shift = 0  # training photos move by up to so many pixels; 0 where a caption says in which part a shape lies
+crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where a caption says what lies where
+jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
 mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
+word_dropout = 0.0  # share of the words that the GPT is not shown while it learns to write the ones after them
 batch_size = 64  # photos a step, over all processes and parts
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
 captions_per_photo = 1  # captions a photo in a step: its image tokens are computed once
 max_tokens = 40  # longest caption
 # model: a checkpoint brings its own architecture
-vit_ckpt = ""  # checkpoint of stage 1 to start from; empty: from nothing
+vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empty: from nothing
 gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
-connector = "mlp"  # or linear, or pixel_shuffle: a quarter of the image tokens
+fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them through gates
+cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
+connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens; abstractor: 16 of them
 patch_size = 8  # pixels a side of a patch
 vit_layer = 3  # blocks of the ViT
 vit_head = 4  # its attention heads
@@ -58,6 +66,7 @@ gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
 dropout = 0.0  # in the ViT and the GPT
+label_smoothing = 0.0  # share of the target that is spread over all words
 # optimization
 align_share = 0.0  # of the run is for the phase align; 0 where ViT and GPT start from nothing: nothing to align
 train_vit = True  # the phase sft trains the ViT too
@@ -70,6 +79,12 @@ warmup_steps = 50  # steps in which the rate rises to its peak, in each phase
 cooldown = 0.8  # the last part of a phase, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 200  # steps between lines of the log, each with validation loss and CIDEr
+
+# decoding: at the end of a run, with eval_only (both beside greedy) and image
+beams = 5  # width of the beam search; 1: greedy
+length_penalty = 1.0  # beams are compared by log p / length ** length_penalty
+temperature = 0.0  # for image: above 0, sample at this temperature instead
+num_captions = 1  # for image: captions of each
 
 # ---------------------------------------------------------------------------------------------------------------------
 # drawn shapes
@@ -161,36 +176,33 @@ def load_captioned(dataset, image_size, n_drawn):
             "splits": {split: list(indices) for split, indices in splits.items()}, "tokenizer": tokenizer}
 
 
-def make_sequences(captions, n_image_tokens, tokenizer, max_tokens):
+def make_sequences(captions, n_placeholders, tokenizer, max_tokens):
     """Captions -> inputs, targets (B, T): <image> placeholders, bos, the caption, eos; -1 where there is no target.
 
     T is rounded up, so that few different shapes occur: matrix products on CPUs are prepared anew for each.
     """
     ids = [tokenizer.encode(caption)[:max_tokens - 1] + [tokenizer.eos_id] for caption in captions]
-    T = n_image_tokens + min(max_tokens, 8 * math.ceil(max(map(len, ids)) / 8))
+    T = n_placeholders + min(max_tokens, 8 * math.ceil(max(map(len, ids)) / 8))
     inputs, targets = torch.full((len(ids), T), tokenizer.pad_id), torch.full((len(ids), T), -1)
-    inputs[:, :n_image_tokens], inputs[:, n_image_tokens] = tokenizer.image_id, tokenizer.bos_id
+    inputs[:, :n_placeholders], inputs[:, n_placeholders] = tokenizer.image_id, tokenizer.bos_id
     for i, row in enumerate(ids):
-        inputs[i, n_image_tokens + 1:n_image_tokens + len(row)] = torch.tensor(row[:-1], dtype=torch.long)
-        targets[i, n_image_tokens:n_image_tokens + len(row)] = torch.tensor(row)
+        inputs[i, n_placeholders + 1:n_placeholders + len(row)] = torch.tensor(row[:-1], dtype=torch.long)
+        targets[i, n_placeholders:n_placeholders + len(row)] = torch.tensor(row)
     return inputs, targets
 
 
-def augment(images, captions, shift, mirror):
-    """(B, 3, H, W) images, moved by up to shift pixels; with mirror half of them mirrored, but none of which a caption
-    (captions: a list for each image) says left or right."""
-    sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
-    return config.shift_and_mirror(images, shift, (torch.rand(len(images)) < 0.5) & ~sided & mirror)
-
-
-def get_batch(data, photos, n_image_tokens):
+def get_batch(data, photos, n_placeholders):
     """images (B, 3, H, W), and inputs, targets (B * captions_per_photo, T): random captions of each, photo by photo."""
     picked = []
     for captions in (data["captions"][p] for p in photos):
         order = torch.randperm(len(captions)).tolist()  # a photo with fewer captions repeats them
         picked.append([captions[order[i % len(order)]] for i in range(captions_per_photo)])
-    images = augment(data["images"][photos], picked, shift, mirror)
-    return images, *make_sequences([c for each in picked for c in each], n_image_tokens, data["tokenizer"], max_tokens)
+    images = config.augment_photos(data["images"][photos], picked, crop, jitter, mirror)
+    inputs, targets = make_sequences([c for each in picked for c in each], n_placeholders, data["tokenizer"], max_tokens)
+    if word_dropout:
+        hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= data["tokenizer"].n_special)
+        inputs = inputs.masked_fill(hidden, data["tokenizer"].pad_id)
+    return images, inputs, targets
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,10 +222,11 @@ def count_ngrams(words, n):
     return Counter(zip(*(words[i:] for i in range(n))))
 
 
-def bleu(candidates, references):
+def bleu(candidates, references, tiny=0.0):
     """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
 
-    candidates: list of str; references: a list of str for each candidate.
+    candidates: list of str; references: a list of str for each candidate. tiny: is added to the number of matches, for
+    single sentences, most of which have no four words in common; the COCO evaluation adds 1e-15.
     """
     matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for candidate, refs in zip(candidates, references, strict=True):
@@ -228,20 +241,58 @@ def bleu(candidates, references):
             matched[n - 1] += (counts & allowed).total()
             total[n - 1] += counts.total()
     brevity = min(1.0, math.exp(1 - reference_length / length)) if length else 0.0
-    precisions = [m / t if t else 0.0 for m, t in zip(matched, total)]
+    precisions = [(m + tiny) / (t + 1e6 * tiny) if t or tiny else 0.0 for m, t in zip(matched, total)]
     return [brevity * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
 
 
+WORD_KEYS = {}  # word -> a random 64-bit number
+
+
+def word_key(word):
+    if word not in WORD_KEYS:
+        WORD_KEYS[word] = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    return WORD_KEYS[word]
+
+
+def mix(keys, groups):
+    """One 64-bit number for each pair of a key and the number of a group."""
+    return (keys ^ (groups.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xD6E8FEB86659FD93)
+
+
+def ngrams(texts):
+    """n word lists -> arrays text, order, key, count: one entry for each different n-gram of each text, of order 0 to 3
+    for n = 1 to 4. A key is a 64-bit hash: that any two n-grams of a data set share one has odds of one in millions."""
+    words = np.array([word_key(word) for text in texts for word in text], np.uint64)
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    keys, parts = words, []
+    for order in range(4):
+        if order:
+            keys = keys[:-1] * np.uint64(0x2545F4914F6CDD1D) + words[order:]
+        inside = owner[order:] == owner[:len(keys)]  # an n-gram ends in the text that it begins in
+        parts.append((owner[order:][inside], np.full(inside.sum(), order), keys[inside]))
+    text, order, key = (np.concatenate(columns) for columns in zip(*parts))
+    _, first, count = np.unique(mix(key, 4 * text + order), return_index=True, return_counts=True)
+    return text[first], order[first], key[first], count
+
+
 def document_frequencies(references):
-    """references: for each image a list of word lists -> ({ngram: in how many images' references it occurs}, images)"""
-    df = Counter()
-    for refs in references:
-        df.update({ngram for ref in refs for n in range(1, 5) for ngram in count_ngrams(ref, n)})
-    return df, len(references)
+    """references: for each image a list of word lists -> (keys of their n-grams, sorted; in how many images' references
+    each occurs; how many images there are)"""
+    image = np.repeat(np.arange(len(references)), [len(refs) for refs in references])
+    text, _, key, _ = ngrams([ref for refs in references for ref in refs])
+    _, first = np.unique(mix(key, image[text]), return_index=True)
+    return *np.unique(key[first], return_counts=True), len(references)
+
+
+def look_up(sorted_keys, keys):
+    """(where each key stands in sorted_keys, whether it does)"""
+    at = np.searchsorted(sorted_keys, keys).clip(max=max(0, len(sorted_keys) - 1))
+    return at, sorted_keys[at] == keys if len(sorted_keys) else np.zeros(len(keys), bool)
 
 
 class CiderD:
-    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
+    """CIDEr-D (Vedantam et al. 2015) against references of which everything is computed once, for thousands of captions
+    at a time: SCST asks for as many scores as it samples captions.
 
     references: for each image a list of word lists. df: what document_frequencies() gives; None counts these
     references.
@@ -250,30 +301,50 @@ class CiderD:
     sigma = 6.0
 
     def __init__(self, references, df=None):
-        self.df, n_images = df or document_frequencies(references)
-        self.log_images = math.log(max(1, n_images))
-        self.references = [[self._vectors(ref) for ref in refs] for refs in references]
+        self.keys, frequency, n_images = df or document_frequencies(references)
+        self.most = math.log(max(1, n_images))  # the idf of what occurs nowhere
+        self.idf = self.most - np.log(frequency)
+        most, flat = max(map(len, references)), [ref for refs in references for ref in refs]
+        image = np.repeat(np.arange(len(references)), [len(refs) for refs in references])
+        column = np.concatenate([np.arange(len(refs)) for refs in references])  # of each reference among its image's
+        self.n_references = np.bincount(image, minlength=len(references))
+        self.lengths = np.zeros((len(references), most), int)
+        self.lengths[image, column] = [len(ref) for ref in flat]
+        text, order, key, count = ngrams(flat)
+        vector, norm = self._vectors(text, order, key, count)
+        mixed = mix(key, image[text])
+        by = np.argsort(mixed, kind="stable")
+        # the n-grams of each image, sorted; what is found at start[i] to start[i + 1] belongs to the i-th
+        self.grams, start = np.unique(mixed[by], return_index=True)
+        self.start = np.append(start, len(by))
+        # the reference that holds it, how often, and what a match adds to the cosine: idf * its vector / its norm
+        idf = vector / count
+        self.column, self.count, self.weight = column[text][by], count[by], (idf * vector / norm)[by]
 
-    def _vectors(self, words):
-        """Per n: {ngram: count * idf} and its norm; then the number of bigrams, which stands for the length."""
-        vectors = []
-        for n in range(1, 5):
-            vector = {ngram: count * (self.log_images - math.log(max(1, self.df.get(ngram, 0))))
-                      for ngram, count in count_ngrams(words, n).items()}
-            vectors.append((vector, math.sqrt(sum(v * v for v in vector.values()))))
-        return vectors, max(0, len(words) - 1)
+    def _vectors(self, text, order, key, count):
+        """tf-idf of each n-gram of ngrams(), and the norm of the vector that it belongs to, at least a tiny number"""
+        at, known = look_up(self.keys, key)
+        vector = count * np.where(known, self.idf[at] if len(self.idf) else 0.0, self.most)
+        squares = np.bincount(4 * text + order, vector ** 2)
+        return vector, np.sqrt(squares[4 * text + order]).clip(min=1e-300)
 
-    def score(self, words, image):
-        """The score of a word list against the references of the image with that index, 0 to 10."""
-        vectors, length = self._vectors(words)
-        total = 0.0
-        for ref_vectors, ref_length in self.references[image]:
-            penalty = math.exp(-((length - ref_length) ** 2) / (2 * self.sigma ** 2))
-            for (vector, norm), (ref, ref_norm) in zip(vectors, ref_vectors):
-                if norm and ref_norm:
-                    overlap = sum(min(v, ref[ngram]) * ref[ngram] for ngram, v in vector.items() if ngram in ref)
-                    total += penalty * overlap / (norm * ref_norm)
-        return 10.0 * total / (4 * len(self.references[image]))
+    def scores(self, captions, images):
+        """n word lists, and the index of each one's image -> (n,) scores, 0 to 10."""
+        images, n = np.asarray(images), len(captions)
+        text, order, key, count = ngrams(captions)
+        _, norm = self._vectors(text, order, key, count)
+        at, found = look_up(self.grams, mix(key, images[text]))
+        at, text, count, norm = at[found], text[found], count[found], norm[found]
+        copies = self.start[at + 1] - self.start[at]  # in how many references it was found
+        hit = np.repeat(np.arange(len(at)), copies)
+        entry = np.arange(len(hit)) + np.repeat(self.start[at] - np.cumsum(copies) + copies, copies)
+        overlap = np.minimum(count[hit], self.count[entry]) * self.weight[entry] / norm[hit]
+        most = self.lengths.shape[1]
+        cosines = np.bincount(most * text[hit] + self.column[entry], overlap, minlength=n * most).reshape(n, most)
+        bigrams = lambda lengths: np.maximum(0, lengths - 1)  # which stand for the length
+        difference = bigrams(np.array([len(words) for words in captions]))[:, None] - bigrams(self.lengths[images])
+        penalty = np.exp(-difference ** 2 / (2 * self.sigma ** 2))
+        return 10.0 * (cosines * penalty).sum(axis=1) / (4 * self.n_references[images])
 
 
 def cider(candidates, references, df=None):
@@ -285,29 +356,40 @@ def cider(candidates, references, df=None):
     """
     assert len(candidates) == len(references), "one list of references for each candidate"
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
-    scores = np.array([scorer.score(words_of(c), i) for i, c in enumerate(candidates)])
+    scores = scorer.scores([words_of(c) for c in candidates], range(len(candidates)))
     return float(scores.mean()), scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation and schedule
 
-SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length", "broken", "distinct", "all_right")
+SCORES = ("cider", "beam_cider", "beam_bleu4", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length", "broken", "distinct", "all_right")
 UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are "
                  "its his her their another two".split())  # a caption that ends so was cut off
 
 
 @torch.no_grad()
-def write_captions(model, images, tokenizer, max_tokens, dev, context, batch_size=250):
-    """Greedy captions of images (n, 3, H, W): a list of n str, and for each whether the model ended it."""
-    captions, ended = [], []
+def write_captions(model, images, tokenizer, max_tokens, dev, context, batch_size=250, **decoding):
+    """Captions of images (n, 3, H, W), greedy unless decoding says otherwise (what MLLM.generate() takes): a list of n *
+    num_captions str, image by image, for each whether the model ended it, and its log-probability."""
+    captions, ended, log_probs = [], [], []
     for batch in images.split(batch_size):
         with context:
-            ids = model.generate(batch.to(dev), max_new_tokens=max_tokens)
+            tokens = model.encode(batch.to(dev))
+            ids = model.generate(tokens, max_new_tokens=max_tokens, **decoding)
+            tokens = tokens.repeat_interleave(len(ids) // len(tokens), dim=0)
+            prompts = model.prompt(tokens)
+            log_p = model.log_probs(tokens, torch.cat((prompts, ids), dim=1))[:, prompts.size(1):]
+        log_probs += (log_p * counted(ids, tokenizer.eos_id)).sum(dim=1).tolist()
         captions += [tokenizer.decode(row) for row in ids.tolist()]
         ended += [tokenizer.eos_id in row for row in ids.tolist()]
         config.show_progress(f"captioning {len(captions)}/{len(images)}")
-    return captions, ended
+    return captions, ended, log_probs
+
+
+def counted(ids, eos_id):
+    """(n, T) written ids -> (n, T) mask of the tokens that count: the end token among them and nothing after it."""
+    return (ids == eos_id).cumsum(dim=1) - (ids == eos_id).long() == 0
 
 
 def ends_badly(words, ended):
@@ -323,7 +405,7 @@ def caption_scores(captions, ended, references):
     """
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references])
     words, n = [words_of(caption) for caption in captions], len(captions)
-    mean_cider = lambda k: 100 * float(np.mean([scorer.score(words[i], (i + k) % n) for i in range(n)]))
+    mean_cider = lambda k: 100 * float(scorer.scores(words, (np.arange(n) + k) % n).mean())
     return {"cider": mean_cider(0),
             **{f"bleu{order}": 100 * score for order, score in enumerate(bleu(captions, references), 1)},
             "shuffled": float(np.mean([mean_cider(k) for k in range(1, min(6, n))] or [0.0])),
@@ -342,23 +424,34 @@ def caption_loss(model, data, split, max_tokens, dev, context, batch_size=250):
         captions = [data["captions"][p][(first + i) % len(data["captions"][p])] for i, p in enumerate(some)]
         with context:
             tokens = model.encode(data["images"][some].to(dev))
-            inputs, targets = make_sequences(captions, tokens.size(1), data["tokenizer"], max_tokens)
+            n = model.config.n_placeholders(data["images"].size(-1))
+            inputs, targets = make_sequences(captions, n, data["tokenizer"], max_tokens)
             loss = model(tokens, inputs.to(dev), targets.to(dev))[1]
         total, count = total + loss.item() * (targets >= 0).sum().item(), count + (targets >= 0).sum().item()
     model.train()
     return total / count
 
 
-def evaluate(model, data, split, max_tokens, dev, context):
+def evaluate(model, data, split, max_tokens, dev, context, **decoding):
     """(scores, captions) of a split: those of caption_scores(), and for drawn shapes the share of captions in which
     every attribute is right."""
     photos = data["splits"][split]
-    captions, ended = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context)
+    captions, ended, _ = write_captions(model, data["images"][photos], data["tokenizer"], max_tokens, dev, context,
+                                        **decoding)
     references = [data["captions"][p] for p in photos]
     scores = caption_scores(captions, ended, references)
     if data["drawn"]:
         right = [attributes(c) == attributes(refs[0]) for c, refs in zip(captions, references)]
         scores["all_right"] = 100 * float(np.mean(right))
+    return scores, captions
+
+
+def evaluate_twice(model, data, split, max_tokens, dev, context, beams, length_penalty):
+    """(scores, captions) of evaluate(), greedy, with the scores beam_cider and beam_bleu4 of a beam search among them."""
+    scores, captions = evaluate(model, data, split, max_tokens, dev, context)
+    if beams > 1:
+        by_beams, _ = evaluate(model, data, split, max_tokens, dev, context, beams=beams, length_penalty=length_penalty)
+        scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
     return scores, captions
 
 
@@ -375,31 +468,36 @@ def build_model(tokenizer):
     """A new MLLM, its ViT and GPT from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
-    origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}
+    origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}  # part -> checkpoint
     if vit_ckpt:
-        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has="n_classes")
-        vit_config = dataclasses.replace(ViTConfig(**loaded["vit"]["config"]), dropout=dropout)
+        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has=("n_classes", "vit"))
+        of_vit = loaded["vit"]["config"].get("vit", loaded["vit"]["config"])  # of CLIP's, or a classifier
+        vit_config = dataclasses.replace(ViTConfig(**of_vit), dropout=dropout)
     if gpt_ckpt:
-        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py", has="vocab_size")
+        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py", has=("block_size",))
         if loaded["gpt"]["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
         if gpt_config.positions == "learned":
             config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
+    if fusion not in ("prefix", "cross"):
+        config.fail(f"fusion={fusion}: prefix or cross")
+    if fusion == "cross":
+        config.at_least(1, cross_every=cross_every)
+        gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every)
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
-        if connector not in CONNECTORS:
-            raise ValueError(f"connector {connector!r}: {', '.join(CONNECTORS)}")
-        step = vit_config.patch_size * CONNECTORS[connector].fold  # pixels a side that become one image token
-        if image_size % step:
-            raise ValueError(f"image_size={image_size} is not a multiple of {step}, the pixels of one image token")
-        n_image_tokens = (image_size // step) ** 2
-        gpt_config = dataclasses.replace(gpt_config, block_size=n_image_tokens + max_tokens)
-        model = MLLM(MLLMConfig(vit_config, gpt_config, connector))
-    for part, checkpoint in loaded.items():
-        weights = {name: w for name, w in checkpoint["model"].items()
-                   if part == "gpt" or not name.startswith(("pool.", "head."))}
-        getattr(model, part).load_state_dict(weights)
-        origin[part] = {"vit": vit_ckpt, "gpt": gpt_ckpt}[part] + f", step {checkpoint['step']}"
+        sizes = MLLMConfig(vit_config, gpt_config, connector)
+        room = dataclasses.replace(gpt_config, block_size=sizes.n_placeholders(image_size) + max_tokens)
+        model = MLLM(dataclasses.replace(sizes, gpt=room))
+    if vit_ckpt:
+        weights = {name.removeprefix("vit."): w for name, w in loaded["vit"]["model"].items()
+                   if name.startswith("vit.") or of_vit is loaded["vit"]["config"]}
+        model.vit.load_state_dict({name: w for name, w in weights.items() if not name.startswith(("pool.", "head."))})
+        origin["vit"] = f"{vit_ckpt}, step {loaded['vit']['step']}"
+    if gpt_ckpt:
+        new = {name: w for name, w in model.gpt.state_dict().items() if ".cross_" in name}  # a text-only GPT has none
+        model.gpt.load_state_dict(new | loaded["gpt"]["model"])
+        origin["gpt"] = f"{gpt_ckpt}, step {loaded['gpt']['step']}" + (", cross-attention new" if new else "")
     return model, origin
 
 
@@ -408,6 +506,9 @@ def start_phase(model, phase):
     trains = {"vit": phase == "sft" and train_vit, "connector": True, "gpt": phase == "sft"}
     for part, train in trains.items():
         getattr(model, part).requires_grad_(train)
+    for name, p in model.gpt.named_parameters():  # new as the connector is
+        if ".cross_" in name:
+            p.requires_grad_(True)
     frozen = [part for part, train in trains.items() if not train]
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
@@ -417,7 +518,7 @@ def start_phase(model, phase):
 def step_flops(model, data, dev):
     """FLOPs that a training step spends on a caption, the mean over a few photos."""
     photos = data["splits"]["train"][:8]
-    images, inputs, targets = get_batch(data, photos, model.n_image_tokens(image_size))
+    images, inputs, targets = get_batch(data, photos, model.config.n_placeholders(image_size))
     encode = lambda: model.encode(images.to(dev)).repeat_interleave(captions_per_photo, dim=0)
     flops = config.count_flops(model, lambda: model(encode(), inputs.to(dev), targets.to(dev))[1])
     return flops["Global"] / len(inputs)
@@ -426,7 +527,7 @@ def step_flops(model, data, dev):
 def load_captioner(path, train_with, dev, with_data=False):
     """(model, tokenizer, checkpoint) of a file that this stage or scst.py saved; with_data: in the tokenizer's place
     the data that it was trained on, as of load_captioned(), with the tokenizer of the checkpoint in it."""
-    checkpoint = config.load(path, train_with, dev, has="connector")
+    checkpoint = config.load(path, train_with, dev, has=("connector",))
     model = MLLM(MLLMConfig.from_dict(checkpoint["config"])).to(dev)
     model.load_state_dict(checkpoint["model"])
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
@@ -437,16 +538,137 @@ def load_captioner(path, train_with, dev, with_data=False):
     return model, data | {"tokenizer": tokenizer}, checkpoint
 
 
-def caption_files(path, train_with, where, out, dev, context):
-    """Print the captions of the images at where, and draw them."""
+def words_and_places(model, tokenizer, tokens, ids):
+    """What a caption's words are, and where the model looked as it wrote each: a list of str, and (words, n) shares of
+    the image. tokens: (1, N, C) of encode(); ids: (T,) written tokens."""
+    prompt = model.prompt(tokens)
+    seen = model.attention_to_images(tokens, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]  # (T, n)
+    words, places = [], []
+    for token, place in zip(ids.tolist(), seen):
+        text = tokenizer.decode([token])
+        if not text:  # the end
+            break
+        if text.startswith(" ") or not words:
+            words.append("")
+            places.append([])
+        words[-1] += text
+        places[-1].append(place)
+    return [word.strip() for word in words], torch.stack([torch.stack(each).mean(dim=0) for each in places])
+
+
+def draw_places(path, photo, words, places):
+    """Draw the photo (3, H, W), then a panel a word: the photo lit where the model looked when it wrote the word."""
+    size, side = photo.size(-1), math.isqrt(places.size(1))
+    light = (places / places.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
+    light = torch.nn.functional.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)  # (words, 1, size, size)
+    panels = [photo, *(photo * (0.15 + 0.85 * light)).byte()]
+    config.save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
+
+
+def caption_files(path, train_with, where, out, dev, context, **decoding):
+    """Print the captions of the images at where with their log-probabilities, and draw them; of the first images also
+    where the model looked for each word."""
     model, tokenizer, checkpoint = load_captioner(path, train_with, dev)
     photos, size = config.open_images(where), checkpoint["image_transform"]["size"]
     inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
-    captions, _ = write_captions(model, inputs, tokenizer, checkpoint["settings"]["max_tokens"], dev, context)
-    for (name, _), caption in zip(photos, captions):
-        print(f"{name}: {caption}")
+    longest, each = checkpoint["settings"]["max_tokens"], decoding["num_captions"]
+    captions, _, log_probs = write_captions(model, inputs, tokenizer, longest, dev, context, **decoding)
+    lines = [f"{caption}  (log p {log_p:.1f})" for caption, log_p in zip(captions, log_probs)]
+    for i, line in enumerate(lines):
+        print(f"{photos[i // each][0]}: {line}")
     pictures = [config.to_pixels(photo, 256) for _, photo in photos]
-    config.save_grid(out / "captioned.png", pictures, captions, min(4, len(photos)))
+    config.save_grid(out / "captioned.png", pictures, ["\n".join(lines[i:i + each]) for i in range(0, len(lines), each)],
+                     min(4, len(photos)))
+    for i, picture in enumerate(pictures[:4]):
+        ids = torch.tensor(tokenizer.encode(captions[i * each]) + [tokenizer.eos_id], device=dev)
+        with torch.no_grad():
+            words, places = words_and_places(model, tokenizer, model.encode(inputs[i:i + 1].to(dev)), ids)
+        draw_places(out / f"places_{Path(photos[i][0]).stem}.png", picture, words, places.cpu())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the figures mean: people, photos that look alike, and human judgements
+
+
+def describe_pixels(images, side=8, cells=4, directions=8):
+    """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of cells
+    x cells parts, how much contrast runs in each direction), which weigh alike."""
+    x = images.float()
+    colours = torch.nn.functional.adaptive_avg_pool2d(x, side).flatten(1)
+    grey = x.mean(dim=1)
+    dy, dx = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
+    angle = ((torch.atan2(dy, dx) / math.pi % 1.0) * directions).long() % directions  # a line has no sense of direction
+    edges = torch.nn.functional.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]  # (n, H - 2, W - 2, d)
+    edges = torch.nn.functional.adaptive_avg_pool2d(edges.permute(0, 3, 1, 2), cells).flatten(1).sqrt()
+    unit = lambda v: torch.nn.functional.normalize(v - v.mean(dim=0), dim=1)
+    return torch.nn.functional.normalize(torch.cat((unit(colours), unit(edges)), dim=1), dim=1)
+
+
+def nearest_captions(data, split, k=20):
+    """For each photo of the split the consensus caption of the k training photos that look most like it (Devlin et al.
+    2015): of their captions the one that is on average most similar, by CIDEr-D, to the others. Nothing is learnt."""
+    features = describe_pixels(data["images"])
+    train, photos = torch.tensor(data["splits"]["train"]), data["splits"][split]
+    near = train[(features[photos] @ features[train].T).topk(k, dim=1).indices]  # (n, k)
+    df = document_frequencies([[words_of(c) for c in data["captions"][p]] for p in train.tolist()])
+    chosen = []
+    for row in near.tolist():
+        captions = [c for p in row for c in data["captions"][p]]
+        words = [words_of(c) for c in captions]
+        scores = CiderD([words], df).scores(words, [0] * len(words))  # each against all; itself counts alike for each
+        chosen.append(captions[int(scores.argmax())])
+    return chosen
+
+
+def print_baselines(path, data, split, max_tokens, dev, context):
+    """A table of what people, nearest photos and, if there is one, the model at path score on a split."""
+    photos = data["splits"][split]
+    five = [data["captions"][p] for p in photos]
+    rows = {"nearest training photos, all references": (nearest_captions(data, split), five)}
+    if all(len(refs) > 1 for refs in five):
+        four = [refs[1:] for refs in five]
+        rows["people: the first caption against the others"] = [refs[0] for refs in five], four
+        rows["nearest training photos against the same others"] = rows["nearest training photos, all references"][0], four
+    if path.is_file():
+        model, tokenizer, checkpoint = load_captioner(path, "python mllm.py", dev)
+        longest = checkpoint["settings"]["max_tokens"]
+        captions, *_ = write_captions(model, data["images"][photos], tokenizer, longest, dev, context)
+        rows[f"{path}, greedy, all references"] = captions, five
+        rows[f"{path} against the same others"] = captions, four
+    print(f"{split:<52}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
+    for name, (captions, references) in rows.items():
+        values = [cider(captions, references)[0] * 100, *(100 * score for score in bleu(captions, references))]
+        print(f"{name:<52}" + "".join(f"{value:>8.1f}" for value in values))
+
+
+def kendall_tau_c(scores, grades):
+    """Kendall's rank correlation tau-c (Stuart 1953) of (n,) scores and (n,) grades of few different values: 2 m (pairs in
+    the same order less pairs in the other) / (n^2 (m - 1)), m the smaller number of different values."""
+    order, levels = 0, np.unique(grades)
+    for level in levels:
+        lower, same = np.sort(scores[grades < level]), scores[grades == level]
+        below, not_above = np.searchsorted(lower, same, "left"), np.searchsorted(lower, same, "right")
+        order += below.sum() - (len(lower) - not_above).sum()
+    m = min(len(levels), len(np.unique(scores)))
+    return 2 * m * order / (len(scores) ** 2 * (m - 1))
+
+
+def print_judgements(archive):
+    """How our metrics rank photo-caption pairs beside the three experts who judged each (Hodosh et al. 2013): Kendall's
+    tau-c as the field reports it, each rating a row of its own, captions of the photo itself left out."""
+    with config.one_line(KeyError), zipfile.ZipFile(archive) as texts:
+        lines = lambda name: [line.split("\t") for line in texts.read(name).decode("utf-8").splitlines()]
+        captions = {name: caption for name, caption in lines("Flickr8k.token.txt")}
+        rows = [row for row in lines("ExpertAnnotations.txt") if row[0] != row[1].split("#")[0]]
+    grades = np.array([int(grade) for row in rows for grade in row[2:]])
+    candidates = [captions[row[1]] for row in rows for _ in row[2:]]
+    references = [[captions[f"{row[0]}#{i}"] for i in range(5)] for row in rows for _ in row[2:]]
+    columns = {"CIDEr": cider(candidates, references)[1]}
+    each = np.array([bleu([c], [refs], 1e-15) for c, refs in zip(candidates[::3], references[::3])]).repeat(3, axis=0)
+    columns |= {"BLEU-1": each[:, 0], "BLEU-4": each[:, 3]}
+    print(f"{len(rows):,} pairs, {len(grades):,} ratings; Kendall's tau-c times 100:")
+    for name, scores in columns.items():
+        print(f"{name:<8}{100 * kendall_tau_c(scores, grades):6.1f}")
 
 
 @config.one_line_errors
@@ -454,24 +676,32 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python mllm.py (with the same config)"
     context = config.autocast(dev, dtype)
-    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, captions_per_photo=captions_per_photo,
+    config.at_least(1, beams=beams, num_captions=num_captions, eval_interval=eval_interval, batch_size=batch_size, captions_per_photo=captions_per_photo,
                     vit_layer=vit_layer, gpt_layer=gpt_layer, max_tokens=max_tokens)
     if not 0 <= align_share < 1:
         config.fail(f"align_share={align_share}: at least 0 and below 1, since the run ends with the phase sft")
     if image:
-        caption_files(out / "sft.pt", train_with, image, out, dev, context)
+        how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty)
+        caption_files(out / "sft.pt", train_with, image, out, dev, context, num_captions=num_captions, **how)
+        return
+    if judgements:
+        print_judgements(judgements)
         return
 
     if eval_only:
         model, data, checkpoint = load_captioner(out / "sft.pt", train_with, dev, with_data=True)
         if eval_split not in data["splits"]:
             config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
-        scores, _ = evaluate(model, data, eval_split, checkpoint["settings"]["max_tokens"], dev, context)
+        longest = checkpoint["settings"]["max_tokens"]
+        scores, _ = evaluate_twice(model, data, eval_split, longest, dev, context, beams, length_penalty)
         print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
               + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return
 
     data = load_captioned(dataset, image_size, n_drawn)
+    if baselines:
+        print_baselines(out / "sft.pt", data, eval_split, max_tokens, dev, context)
+        return
     tokenizer, splits = data["tokenizer"], data["splits"]
     resumed = config.resume(out, init_from, settings, train_with)
     torch.manual_seed(seed)
@@ -482,7 +712,7 @@ def main(argv=None):
     else:
         model, origin = build_model(tokenizer)
     model = model.to(dev, memory_format=torch.channels_last)
-    n_image_tokens = model.n_image_tokens(image_size)
+    n_image_tokens, n_placeholders = model.config.n_image_tokens(image_size), model.config.n_placeholders(image_size)
     print(f"{dataset}: " + ", ".join(f"{len(photos):,} photos to {split}" for split, photos in splits.items())
           + f"; {n_image_tokens} image tokens each; on {dev}")
     for part, where in origin.items():
@@ -523,7 +753,8 @@ def main(argv=None):
                     scores, captions = evaluate(model, data, "val", max_tokens, dev, context)
                     brief = ("cider", "bleu4", "shuffled", "all_right")
                     numbers |= {f"val_{name}": scores[name] for name in brief if name in scores}
-                    config.save_grid(out / "captions.png", [data["images"][p] for p in shown], captions[:len(shown)])
+                    titles = [f"{said}\nhuman: {data['captions'][p][0]}" for said, p in zip(captions, shown)]
+                    config.save_grid(out / "captions.png", [data["images"][p] for p in shown], titles)
                 log.write(step, numbers, factor * adam_lr, per_step * captions_per_photo, "captions",
                           file_only={f"val_{name}": value for name, value in scores.items()})
                 # of drawn images CIDEr tells which of the five wordings it chose, more than whether it is right
@@ -550,13 +781,13 @@ def main(argv=None):
         order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         torch.manual_seed(seed * 1_000_003 + step)  # captions, augmentation and dropout depend on the step alone
         photos = [splits["train"][i] for i in order[position * per_step:(position + 1) * per_step]]
-        images, inputs, targets = get_batch(data, photos, n_image_tokens)  # of all processes; each computes its parts
+        images, inputs, targets = get_batch(data, photos, n_placeholders)  # of all processes; each computes its parts
         loss = 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):
             rows = slice(part.start * captions_per_photo, part.stop * captions_per_photo)
             with context:
                 tokens = model.encode(images[part].to(dev)).repeat_interleave(captions_per_photo, dim=0)
-                _, mean = run_model(tokens, inputs[rows].to(dev), targets[rows].to(dev))
+                _, mean = run_model(tokens, inputs[rows].to(dev), targets[rows].to(dev), label_smoothing)
             share = mean * ((targets[rows] >= 0).sum() / (targets >= 0).sum()).item()  # of the loss of the batch
             share.backward()
             loss += share.detach()
@@ -578,7 +809,7 @@ def main(argv=None):
         config.fail("the run was over before the phase sft began; give it more steps or minutes")
     model.load_state_dict(config.load(out / "sft.pt", train_with, dev)["model"])
     with clock.paused():
-        scores, _ = evaluate(model, data, "test", max_tokens, dev, context)
+        scores, _ = evaluate_twice(model, data, "test", max_tokens, dev, context, beams, length_penalty)
     log.write(step, {}, file_only={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
     print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "

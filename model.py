@@ -208,6 +208,18 @@ class KVCache:
         self.length += T
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
+    def select(self, rows):
+        """Keep these rows of the batch, (n,) indices: a row may be kept several times, so that several continuations
+        share what was read once."""
+        if self.k is not None:
+            self.k, self.v = self.k[rows], self.v[rows]
+
+
+def select_rows(caches, rows):
+    """Keep these rows of all caches that TransformerDecoder.new_caches() made."""
+    for cache in (cache for pair in caches for cache in pair):
+        cache.select(rows)
+
 
 class RotaryEmbedding(nn.Module):
     """Rotary positions (RoFormer, Su et al. 2021): each pair of channels turns by an angle that grows with the
@@ -234,7 +246,8 @@ class MultiHeadAttention(nn.Module):
 
     n_embd: channels in and out; rotary: a RotaryEmbedding for self-attention, or None; fused: run torch's kernel, which
     never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above (which is taken all the
-    same for bfloat16 on a CPU, where it is the faster one).
+    same for bfloat16 on a CPU, where it is the faster one). Where the attribute watched is True, that function is run
+    and its weights (B, n_head, Tq, Tk) are kept as the attribute weights.
     """
 
     def __init__(self, n_embd, n_head, dropout=0.0, bias=True, rotary=None, fused=True):
@@ -242,6 +255,7 @@ class MultiHeadAttention(nn.Module):
         if n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
         self.n_head, self.dropout, self.rotary, self.fused = n_head, dropout, rotary, fused
+        self.watched, self.weights = False, None
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # the three projections in one matrix product
         self.proj = nn.Linear(n_embd, n_embd, bias=bias)
 
@@ -274,7 +288,7 @@ class MultiHeadAttention(nn.Module):
                 if cache is not None:
                     k, v = cache.append(k, v)
         Tk, dropout_p = k.size(2), self.dropout if self.training else 0.0
-        fused = self.fused and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
+        fused = self.fused and not self.watched and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
         is_causal = causal and mask is None and Tq == Tk and fused  # the kernel has this one mask built in
         if causal and not is_causal and Tq > 1:
             allowed = causal_mask(Tq, Tk, x.device)
@@ -284,7 +298,8 @@ class MultiHeadAttention(nn.Module):
             if mask is not None:  # kernels differ in what they make of a row that sees nothing
                 out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
         else:
-            out, _ = scaled_dot_product_attention(q, k, v, mask, dropout_p)
+            out, weights = scaled_dot_product_attention(q, k, v, mask, dropout_p)
+            self.weights = weights.detach() if self.watched else None
         out = out.transpose(1, 2).reshape(B, Tq, C)  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
         return self.proj(out)
 
@@ -329,20 +344,23 @@ def make_norm(kind, n_embd):
 class Dropout(nn.Module):
     """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
 
-    part: (i, n) where x is the i-th of n equal parts of a larger batch, whose others are computed later or by other
-    processes. What is dropped is drawn for the larger batch, so that the parts together lose what it would lose.
+    p is rounded to 256ths: a byte an element is drawn, eight bytes at a time, since on CPUs drawing random numbers takes
+    longer than most layers. part: (i, n) where x is the i-th of n equal parts of a larger batch, whose others are
+    computed later or by other processes. What is dropped is drawn for the larger batch, so that the parts together lose
+    what it would lose.
     """
 
     def __init__(self, p):
         super().__init__()
-        self.p, self.part = p, (0, 1)
+        self.p, self.part = round(256 * p) / 256, (0, 1)
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        i, n = self.part
-        keep = x.new_empty(n * x.size(0), *x.shape[1:]).bernoulli_(1 - self.p)  # (n * B, ...)
-        return x * (keep.chunk(n)[i] / (1 - self.p))
+        (i, n), size = self.part, x.numel()
+        drawn = torch.empty(-(-n * size // 8), dtype=torch.long, device=x.device).random_(-2 ** 63, None)
+        keep = drawn.view(torch.uint8)[i * size:(i + 1) * size].view(x.shape) >= 256 * self.p  # (B, ...)
+        return x * (keep / (1 - self.p)).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -422,25 +440,31 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention to a memory (its weights exist only with cross=True), feed-forward."""
+    """Causal self-attention, cross-attention to a memory (its weights exist only with cross=True), feed-forward.
+
+    gated: what the cross-attention adds is multiplied by the tanh of a learnt number that starts at 0, so that a model
+    that could do without a memory still does what it did (Flamingo, Alayrac et al. 2022).
+    """
 
     def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None,
-                 cross=False):
+                 cross=False, gated=False):
         super().__init__()
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
         self.cross_norm = make_norm(norm, n_embd) if cross else None
         self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias) if cross else None
+        self.cross_gate = nn.Parameter(torch.zeros(1)) if cross and gated else None
         self.ff = FeedForward(n_embd, None, activation, dropout, bias)
         self.dropout = Dropout(dropout)
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None):
-        """x: (B, T, C); memory: (B, Tm, C) where cross=True; cache: (KVCache of self-, KVCache of cross-attention)."""
+        """x: (B, T, C); memory: (B, Tm, C) for the cross-attention, which is left out without one; cache: (KVCache of
+        self-, KVCache of cross-attention)."""
         self_cache, cross_cache = cache or (None, None)
         x = x + self.dropout(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache))
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and memory is not None:
             attended = self.cross_attn(self.cross_norm(x), context=memory, mask=memory_mask, cache=cross_cache)
-            x = x + self.dropout(attended)
+            x = x + self.dropout(attended if self.cross_gate is None else self.cross_gate.tanh() * attended)
         return x + self.ff(self.norm2(x))
 
 
@@ -452,10 +476,13 @@ def init_weights(model):
     """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), so
     that what comes out is as large as what goes in; the projections back into the residual stream 0, so that a block
     does nothing at first (Goyal et al. 2017, Bachlechner et al. 2020); output layers and embeddings 0.02 (GPT-2), so
-    that all tokens are about equally likely. Convolutions as in He et al. 2015; biases 0. Gains start at 1."""
+    that all tokens are about equally likely. Convolutions as in He et al. 2015; biases 0. Gains start at 1. Behind a
+    gate that starts at 0 a projection must not: where both factors are 0, neither has a gradient."""
+    gated = [block.cross_attn.proj for block in model.modules() if getattr(block, "cross_gate", None) is not None]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            std = 0.0 if name.endswith("proj") else 0.02 if name.endswith("head") else module.in_features ** -0.5
+            zero = name.endswith("proj") and not any(module is proj for proj in gated)
+            std = 0.0 if zero else 0.02 if name.endswith("head") else module.in_features ** -0.5
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
@@ -483,11 +510,13 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """n_layer decoder blocks and a last norm; always causal. block: what DecoderBlock takes but n_embd and n_head."""
+    """n_layer decoder blocks and a last norm; always causal. cross_every: every so many-th block has cross-attention,
+    0: none has. block: what DecoderBlock takes but n_embd, n_head and cross."""
 
-    def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
+    def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
         super().__init__()
-        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer))
+        has_cross = [cross_every > 0 and (i + 1) % cross_every == 0 for i in range(n_layer)]
+        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, cross=cross, **block) for cross in has_cross)
         self.norm = make_norm(norm, n_embd)
 
     def new_caches(self, max_len, memory_len=0):
@@ -514,7 +543,7 @@ class Transformer(nn.Module):
         self.positions = SinusoidalPositionalEncoding(n_embd, max_len)
         self.dropout = Dropout(dropout)
         self.encoder = TransformerEncoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout)
-        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout, cross=True)
+        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout, cross_every=1)
         init_weights(self)
         nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
 
@@ -693,6 +722,7 @@ class GPTConfig:
     positions: str = "rotary"  # "learned", "sinusoidal"
     bias: bool = False
     tie_weights: bool = True  # the output layer is the token embedding, transposed
+    cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens, through a gate; 0: none
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, part=(0, 1)):
@@ -735,21 +765,23 @@ class GPT(nn.Module):
             raise ValueError(f"positions {c.positions!r}: rotary, learned or sinusoidal")
         self.dropout = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
-                                          dropout=c.dropout, bias=c.bias, rotary=rotary)
+                                          dropout=c.dropout, bias=c.bias, rotary=rotary,
+                                          cross_every=c.cross_every, gated=True)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
         self.part = (0, 1)  # of the batch that is sampled: see sample_next()
         init_weights(self)
 
-    def hidden(self, x, caches=None):
-        """(B, T, C) embeddings -> (B, T, C), ready for self.head; caches: of self.decoder.new_caches()."""
+    def hidden(self, x, caches=None, memory=None):
+        """(B, T, C) embeddings -> (B, T, C), ready for self.head; caches: of self.decoder.new_caches(); memory:
+        (B, Tm, C), what the blocks with cross-attention attend to."""
         start = caches[0][0].length if caches else 0
         if start + x.size(1) > self.config.block_size:
             raise ValueError(f"{start + x.size(1)} positions do not fit block_size={self.config.block_size}")
         if not isinstance(self.position, nn.Identity):
             x = self.position(x, start)
-        return self.decoder(self.dropout(x), caches=caches)
+        return self.decoder(self.dropout(x), memory, caches=caches)
 
     def forward(self, ids, targets=None):
         """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
@@ -760,24 +792,30 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
-               prompt=None, never=None):
-        """Yields the next (B,) ids, one position at a time; what generate() takes, and prompt: embeddings that stand
-        in for those of ids; never: an id that is not to be written.
+               prompt=None, memory=None, never=None, num_samples=1):
+        """Yields the next ids, one position at a time; what generate() takes, and prompt: embeddings that stand in for
+        those of ids; memory: see hidden(); never: an id that is not to be written; num_samples: continuations of each
+        prompt, which is read once for all of them: (B * num_samples,) ids, prompt by prompt.
 
         The cache serves as long as the text fits block_size. Then the newer half of it is read afresh into an empty
         cache, so that the cost of a token stays bounded; the model forgets what came before that half.
         """
         block_size, was_training = self.config.block_size, self.training
+        new_caches = lambda: self.decoder.new_caches(block_size, 0 if memory is None else memory.size(1))
         self.eval()
         try:
-            ended = torch.zeros(ids.size(0), dtype=torch.bool, device=ids.device)
-            columns, caches = list(ids.unbind(dim=1)), self.decoder.new_caches(block_size)
+            rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(num_samples)
+            ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
+            columns, caches = list(ids[rows].unbind(dim=1)), new_caches()
             x = self.embedding(ids[:, -block_size:]) if prompt is None else prompt
-            for _ in range(max_new_tokens):
+            for i in range(max_new_tokens):
                 if caches[0][0].length + x.size(1) > block_size:
                     newer = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
-                    caches, x = self.decoder.new_caches(block_size), self.embedding(newer)
-                logits = self.head(self.hidden(x, caches)[:, -1])  # (B, vocab_size)
+                    caches, x = new_caches(), self.embedding(newer)
+                logits = self.head(self.hidden(x, caches, memory)[:, -1])  # (B, vocab_size)
+                if i == 0 and num_samples > 1:
+                    logits, memory = logits[rows], None if memory is None else memory[rows]
+                    select_rows(caches, rows)
                 if never is not None:
                     logits[:, never] = -math.inf
                 token = sample_next(logits, temperature, top_k, top_p, generator, self.part)
@@ -801,6 +839,51 @@ class GPT(nn.Module):
         tokens = list(self.stream(ids, max_new_tokens, temperature, top_k, top_p, eos_id, generator))
         return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1) if tokens else ids
 
+    @torch.no_grad()
+    def beam_search(self, ids, max_new_tokens, beams, eos_id, length_penalty=1.0, prompt=None, memory=None, never=None):
+        """The continuations of ids (B, T) that score best among those that a beam search finds: (B, beams, n) ids, n <=
+        max_new_tokens, best first and filled with eos_id after their end, and their (B, beams) scores.
+
+        The score is log p / length ** length_penalty, the end counted in the length (0: log p itself, which prefers
+        short texts). At each position the best continuations are kept, ended ones among them, as many as there are
+        beams. prompt, memory, never: as in stream().
+        """
+        was_training = self.training
+        self.eval()
+        B, device = ids.size(0), ids.device
+        first = torch.arange(B, device=device)[:, None] * beams  # (B, 1), the row of each prompt's first beam
+        total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam, the others wait
+        total[:, 0] = 0.0
+        length = torch.zeros(B, beams, dtype=torch.long, device=device)
+        ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
+        tokens = ids.new_empty(B, beams, 0)
+        caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
+        x = self.embedding(ids) if prompt is None else prompt
+        try:
+            while tokens.size(2) < max_new_tokens and not ended.all():
+                logits = self.head(self.hidden(x, caches, memory)[:, -1]).float()
+                if never is not None:
+                    logits[:, never] = -math.inf
+                log_p = logits.log_softmax(dim=-1)  # (B, vocab_size) at first, then (B * beams, vocab_size)
+                if tokens.size(2) == 0:  # the prompt is read once for all beams
+                    rows = torch.arange(B, device=device).repeat_interleave(beams)
+                    log_p, memory = log_p[rows], None if memory is None else memory[rows]
+                    select_rows(caches, rows)
+                log_p = log_p.view(B, beams, -1).masked_fill(ended[:, :, None], -math.inf)
+                log_p[:, :, eos_id] = log_p[:, :, eos_id].masked_fill(ended, 0.0)  # what has ended stays as it is
+                candidates = total[:, :, None] + log_p  # (B, beams, vocab_size)
+                lengths = length + ~ended
+                scores, best = (candidates / (lengths[:, :, None] ** length_penalty)).flatten(1).topk(beams)
+                beam, token = best // log_p.size(2), best % log_p.size(2)  # (B, beams)
+                total, length, ended = candidates.flatten(1).gather(1, best), lengths.gather(1, beam), ended.gather(1, beam)
+                ended = ended | (token == eos_id)
+                tokens = torch.cat((tokens.gather(1, beam[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2)
+                select_rows(caches, (first + beam).flatten())
+                x = self.embedding(token.view(-1, 1))
+        finally:
+            self.train(was_training)
+        return tokens, scores
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. multimodal
@@ -809,25 +892,26 @@ class GPT(nn.Module):
 class LinearConnector(nn.Module):
     """Vision channels to language channels by one matrix (LLaVA, Liu et al. 2023)."""
 
-    fold = 1  # patches a side that become one image token
-
     def __init__(self, n_vision, n_language):
         super().__init__()
         self.up = nn.Linear(n_vision, n_language)
+
+    @staticmethod
+    def n_tokens(side):
+        """How many image tokens become of side x side patches."""
+        return side * side
 
     def forward(self, x):
         """(B, N, n_vision) -> (B, N, n_language)"""
         return self.up(x)
 
 
-class MLPConnector(nn.Module):
+class MLPConnector(LinearConnector):
     """The same by two layers (LLaVA-1.5, Liu et al. 2024)."""
 
-    fold = 1
-
     def __init__(self, n_vision, n_language):
-        super().__init__()
-        self.up, self.down = nn.Linear(n_vision, n_language), nn.Linear(n_language, n_language)
+        super().__init__(n_vision, n_language)
+        self.down = nn.Linear(n_language, n_language)
 
     def forward(self, x):
         """(B, N, n_vision) -> (B, N, n_language)"""
@@ -838,30 +922,66 @@ class PixelShuffleConnector(nn.Module):
     """Each 2x2 neighbouring patches become one token of four times the channels, then two layers (InternVL 1.5, Chen et
     al. 2024): a quarter of the image tokens, which is most of what the GPT has to read for a short caption."""
 
-    fold = 2
-
     def __init__(self, n_vision, n_language):
         super().__init__()
         self.mlp = MLPConnector(4 * n_vision, n_language)
 
+    @staticmethod
+    def n_tokens(side):
+        if side % 2:
+            raise ValueError(f"{side * side} patches are no square grid of even side, which folding 2x2 of them needs")
+        return (side // 2) ** 2
+
     def forward(self, x):
         """(B, N, n_vision), a square grid of even side -> (B, N / 4, n_language)"""
         B, N, C = x.shape
-        half = math.isqrt(N) // 2
-        if (2 * half) ** 2 != N:
-            raise ValueError(f"{N} patches are no square grid of even side, which folding 2x2 of them needs")
+        half = math.isqrt(self.n_tokens(math.isqrt(N)))
         x = x.view(B, half, 2, half, 2, C).transpose(2, 3)  # (B, half, half, 2, 2, C)
         return self.mlp(x.reshape(B, half * half, 4 * C))
 
 
-CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector}
+class AbstractorConnector(nn.Module):
+    """A fixed number of image tokens, whatever the number of patches: convolutions over the grid of patches, which keep
+    what is where (C-Abstractor of Honeybee, Cha et al. 2024), then attention to it from learnt queries in the place of
+    its pooling (the resampler of Flamingo, Alayrac et al. 2022)."""
+
+    n_queries = 16
+
+    def __init__(self, n_vision, n_language, n_head=4):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(n_vision, n_vision, 3, padding=1, groups=n_vision), nn.GELU(), nn.Conv2d(n_vision, n_vision, 1))
+            for _ in range(2))
+        self.query_embedding = nn.Embedding(self.n_queries, n_vision)
+        self.norm1, self.norm2 = LayerNorm(n_vision), LayerNorm(n_vision)
+        self.attn = MultiHeadAttention(n_vision, n_head)
+        self.mlp = MLPConnector(n_vision, n_language)
+
+    @classmethod
+    def n_tokens(cls, side):
+        return cls.n_queries
+
+    def forward(self, x):
+        """(B, N, n_vision), a square grid -> (B, n_queries, n_language)"""
+        B, N, C = x.shape
+        side = math.isqrt(N)
+        grid = x.transpose(1, 2).view(B, C, side, side)
+        for conv in self.convs:
+            grid = grid + conv(grid)
+        context = self.norm2(grid.flatten(2).transpose(1, 2))  # (B, C, side, side) -> (B, N, C)
+        queries = self.norm1(self.query_embedding.weight).expand(B, -1, -1)  # (B, n_queries, C)
+        return self.mlp(queries + self.attn(queries, context=context))
+
+
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector,
+              "abstractor": AbstractorConnector}
 
 
 @dataclass
 class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
-    gpt: GPTConfig = field(default_factory=GPTConfig)
-    connector: str = "mlp"  # or linear, pixel_shuffle
+    gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
+    connector: str = "mlp"  # or linear, pixel_shuffle, abstractor
     image_id: int = BPETokenizer.image_id  # the placeholder; one stands for one image token
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
@@ -871,86 +991,215 @@ class MLLMConfig:
         """Of dataclasses.asdict(config)."""
         return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})
 
+    def n_image_tokens(self, image_size):
+        """How many tokens an image of image_size x image_size pixels becomes."""
+        if self.connector not in CONNECTORS:
+            raise ValueError(f"connector {self.connector!r}: {', '.join(CONNECTORS)}")
+        if image_size % self.vit.patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
+        return CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
+
+    def n_placeholders(self, image_size):
+        """How many positions of the text an image takes: none where it is attended by cross-attention."""
+        return 0 if self.gpt.cross_every else self.n_image_tokens(image_size)
+
 
 class MLLM(nn.Module):
-    """ViT -> connector -> GPT, the image tokens standing in the text where the ids hold placeholders (image_id).
+    """ViT -> connector -> GPT.
+
+    Where the GPT has no cross-attention, the image tokens stand in the text, in the place of placeholders (image_id):
+    the "unified embedding decoder". They fill the placeholders of ids (B, T) row by row: one image a row, several, or
+    none. Where it has (config.gpt.cross_every), the ids hold no placeholders, and every word attends to the tokens of
+    the row's images: the first M / B images are those of the first row, and so on. Without images it is the GPT alone.
 
     images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens that encode() made, so that several captions of one
-    image share the work. The M * N tokens fill the placeholders of ids (B, T) row by row: one image a row, several,
-    or none.
+    image share the work.
     """
 
     def __init__(self, config):
         super().__init__()
-        if config.connector not in CONNECTORS:
-            raise ValueError(f"connector {config.connector!r}: {', '.join(CONNECTORS)}")
         self.config = config
+        config.n_image_tokens(config.vit.image_size)  # fails where connector and sizes do not fit
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
         init_weights(self.connector)
+        never = torch.zeros(config.gpt.vocab_size)
+        never[config.image_id] = -math.inf  # a bias of the output layer
+        self.register_buffer("never", never, persistent=False)
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # a captioner needs features, not classes
-
-    def n_image_tokens(self, image_size):
-        """How many image tokens, and so placeholders, an image of image_size x image_size pixels takes."""
-        return (image_size // (self.config.vit.patch_size * self.connector.fold)) ** 2
 
     def encode(self, images):
         """(M, 3, H, W) pixels -> (M, N, n_embd of the GPT) image tokens"""
         return self.connector(self.vit.features(images))
 
     def embed(self, images, ids):
-        """-> (B, T, C): the embeddings of ids (B, T), image tokens in the place of the placeholders."""
+        """-> (B, T, C): the embeddings of ids (B, T), image tokens in the place of the placeholders; and the memory of
+        GPT.hidden(): None, or (B, Tm, C), where the image tokens are attended instead."""
         tokens = images if images.dim() == 3 else self.encode(images)
         x, mask = self.gpt.embedding(ids), ids == self.config.image_id  # (B, T, C), (B, T)
-        M, N, C = tokens.shape
+        (B, _, C), (M, N, _) = x.shape, tokens.shape
+        if self.config.gpt.cross_every:
+            if mask.any() or M % B:
+                raise ValueError(f"{M} images for {B} rows and {mask.sum()} placeholders: with cross-attention each row "
+                                 f"has as many images as the others, and no placeholder")
+            return x, tokens.to(x.dtype).reshape(B, M // B * N, C) if M else None
         if mask.sum() != M * N:
             raise ValueError(f"{mask.sum()} placeholders for {M} images of {N} tokens each")
-        return x.masked_scatter(mask[:, :, None], tokens.to(x.dtype))
+        return x.masked_scatter(mask[:, :, None], tokens.to(x.dtype)), None
 
-    def prompt(self, n_rows, n_tokens, device=None):
-        """(n_rows, n_tokens + 1) ids that ask for a caption: placeholders of one image, then bos."""
-        ids = torch.full((n_rows, n_tokens + 1), self.config.image_id, device=device)
+    def hidden(self, images, ids):
+        """(B, T, C), ready for logits()"""
+        x, memory = self.embed(images, ids)
+        return self.gpt.hidden(x, memory=memory)
+
+    def prompt(self, tokens):
+        """(B, N, C) image tokens -> (B, N + 1) or (B, 1) ids that ask for a caption of each: the placeholders that an
+        image takes, then bos."""
+        B, N, _ = tokens.shape
+        ids = torch.full((B, 1 if self.config.gpt.cross_every else N + 1), self.config.image_id, device=tokens.device)
         ids[:, -1] = self.config.bos_id
         return ids
 
     def logits(self, x):
         """(..., C) -> (..., vocab_size); a placeholder is not a word: its logit is minus infinity."""
-        logits = self.gpt.head(x)
-        return logits.index_fill(-1, torch.tensor([self.config.image_id], device=x.device), -math.inf)
+        return F.linear(x, self.gpt.head.weight, self.never)
 
-    def forward(self, images, ids, targets=None):
-        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the logits of
-        the n positions at which any row has one, (B, n, vocab_size), and the loss: the rest needs no output layer."""
-        x = self.gpt.hidden(self.embed(images, ids))
+    def forward(self, images, ids, targets=None, label_smoothing=0.0):
+        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the (n,
+        vocab_size) logits of the n positions that have one, row by row, and the loss: the rest needs no output layer.
+        label_smoothing: the share of each target that is spread over all words."""
+        x = self.hidden(images, ids)
         if targets is None:
             return self.logits(x), None
-        needed = (targets >= 0).any(dim=0)  # (T,); not (targets >= 0) itself: a new shape each step is slow on CPUs
-        logits = self.logits(x[:, needed])  # (B, n, vocab_size)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets[:, needed].flatten(), ignore_index=-1)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        wanted = (targets >= 0).nonzero().squeeze(1)
+        n = len(wanted)
+        wanted = F.pad(wanted, (0, -n % 256))  # a matrix product of a new size is slow on CPUs: few sizes occur
+        targets = targets[wanted].index_fill(0, torch.arange(n, len(wanted), device=x.device), -1)
+        logits = self.logits(x[wanted]).float()
+        loss = F.cross_entropy(logits, targets, ignore_index=-1)
+        if label_smoothing:
+            log_p = logits[:n].log_softmax(dim=-1).masked_fill(self.never < 0, 0.0)  # the placeholder is no target
+            loss = (1 - label_smoothing) * loss - label_smoothing * log_p.sum(dim=-1).mean() / (logits.size(-1) - 1)
+        return logits[:n], loss
 
     def log_probs(self, images, ids):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0 and at placeholders."""
-        x = self.gpt.hidden(self.embed(images, ids)[:, :-1])  # (B, T - 1, C)
+        x, memory = self.embed(images, ids)
+        x = self.gpt.hidden(x[:, :-1], memory=memory)  # (B, T - 1, C)
         wanted = ids[:, 1:] != self.config.image_id  # (B, T - 1)
         log_p = -F.cross_entropy(self.logits(x[wanted]).float(), ids[:, 1:][wanted], reduction="none")  # (n,)
         return F.pad(torch.zeros_like(wanted, dtype=log_p.dtype).masked_scatter(wanted, log_p), (1, 0))
 
     @torch.no_grad()
-    def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None):
-        """Captions of images: (B, T) ids, the newly written tokens alone, each row filled with eos_id after its end.
+    def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None,
+                 beams=1, length_penalty=1.0, num_captions=1):
+        """Captions of images: (B * num_captions, T) ids, the newly written tokens alone, image by image, each row
+        filled with eos_id after its end.
 
-        ids: (B, T) prompts with placeholders; None asks for one caption an image. Greedy unless temperature > 0.
+        ids: (B, T) prompts with placeholders; None asks for a caption of each image. Greedy unless temperature > 0
+        (samples) or beams > 1 (the best num_captions of them, best first; see GPT.beam_search()).
         """
-        was_training = self.training
+        if num_captions > 1 and not temperature and beams < num_captions:
+            raise ValueError(f"num_captions={num_captions} needs as many beams, or samples (temperature above 0)")
+        was_training, c = self.training, self.config
         self.eval()
         try:
             tokens = images if images.dim() == 3 else self.encode(images)
-            ids = self.prompt(tokens.size(0), tokens.size(1), tokens.device) if ids is None else ids
-            room = self.config.gpt.block_size - ids.size(1) + 1  # the last token is not read again
+            ids = self.prompt(tokens) if ids is None else ids
+            room = c.gpt.block_size - ids.size(1) + 1  # the last token is not read again
             if room < 1:
-                raise ValueError(f"{ids.size(1)} positions leave no room in block_size={self.config.gpt.block_size}")
-            new = list(self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, self.config.eos_id,
-                                       generator, prompt=self.embed(tokens, ids), never=self.config.image_id))
+                raise ValueError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
+            x, memory = self.embed(tokens, ids)
+            how = dict(prompt=x, memory=memory, never=c.image_id)
+            if beams > 1 and not temperature:
+                written, _ = self.gpt.beam_search(ids, min(max_new_tokens, room), beams, c.eos_id, length_penalty, **how)
+                return written[:, :num_captions].flatten(0, 1)
+            new = list(self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, c.eos_id, generator,
+                                       num_samples=num_captions, **how))
         finally:
             self.train(was_training)
         return torch.stack(new, dim=1) if new else ids[:, :0]
+
+    @torch.no_grad()
+    def attention_to_images(self, images, ids):
+        """How much the model looks at each part of an image when it writes the token after each of ids (B, T), one image
+        a row: (B, T, n), the mean over layers and heads, of sum 1; n is the number of image tokens, row by row of the
+        grid that they form, or of patches where an abstractor's tokens have no place of their own."""
+        blocks, mask = self.gpt.decoder.blocks, ids == self.config.image_id
+        watched = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
+        watched = [attn for attn in watched if attn is not None]
+        pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
+        was_training = self.training
+        self.eval()
+        for attn in watched + pools:
+            attn.watched = True
+        self.hidden(images, ids)
+        seen = torch.stack([attn.weights.float().mean(dim=1) for attn in watched]).mean(dim=0)  # (B, T, Tk)
+        if not self.config.gpt.cross_every:
+            (B, T), n = ids.shape, mask[0].sum()
+            seen = seen.transpose(1, 2)[mask].view(B, n, T).transpose(1, 2)  # the columns of the placeholders
+        for pool in pools:
+            seen = seen @ pool.weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
+        for attn in watched + pools:
+            attn.watched, attn.weights = False, None
+        self.train(was_training)
+        return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+
+
+@dataclass
+class CLIPConfig:
+    vit: ViTConfig = field(default_factory=ViTConfig)  # n_classes: the channels of the space that both share
+    vocab_size: int = 4096
+    max_tokens: int = 32  # the longest text, bos and eos included
+    n_layer: int = 2  # of the text encoder
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    pad_id: int = BPETokenizer.pad_id
+
+    @classmethod
+    def from_dict(cls, d):
+        """Of dataclasses.asdict(config)."""
+        return cls(**{**d, "vit": ViTConfig(**d["vit"])})
+
+
+class CLIP(nn.Module):
+    """A ViT and a text encoder that put a photo and its caption at the same place of one space (Radford et al. 2021).
+
+    Unlike the paper's, the text encoder sees a text in both directions, and a text's place is the mean of its tokens.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
+        self.position = LearnedPositionalEncoding(c.n_embd, c.max_tokens)
+        self.dropout = Dropout(c.dropout)
+        self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, dropout=c.dropout)
+        self.text_head = nn.Linear(c.n_embd, c.vit.n_classes, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of one over the temperature
+        init_weights(self)
+        self.vit = ViT(c.vit)
+
+    def embed_images(self, images):
+        """(B, 3, H, W) pixels -> (B, n) unit vectors"""
+        return F.normalize(self.vit(images)[0].float(), dim=-1)
+
+    def embed_texts(self, ids):
+        """(B, T) ids, padded with pad_id -> (B, n) unit vectors"""
+        mask = padding_mask(ids, self.config.pad_id)  # (B, 1, 1, T)
+        x = self.encoder(self.dropout(self.position(self.embedding(ids))), mask)
+        counts = mask[:, 0].transpose(1, 2)  # (B, T, 1)
+        return F.normalize(self.text_head((x * counts).sum(dim=1) / counts.sum(dim=1)).float(), dim=-1)
+
+    def loss(self, images, texts):
+        """(B, n) unit vectors of photos and of their texts -> the mean of the cross-entropies of finding each photo's
+        text among all texts and each text's photo among all photos; the scale of the cosines is at most 100."""
+        logits = self.log_scale.exp().clamp(max=100.0) * images @ texts.T  # (B, B)
+        right = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+    def forward(self, images, ids):
+        """(B, 3, H, W) pixels, and (B, T) ids of their texts -> what loss() takes"""
+        return self.embed_images(images), self.embed_texts(ids)

@@ -45,6 +45,11 @@ image = ""  # caption this file, folder or URL and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 on CUDA, else float32
 seed = 1337  # of everything random: weights, batches, dropout, samples
+# decoding: at the end of a run, with eval_only (both beside greedy) and image
+beams = 5  # width of the beam search; 1: greedy
+length_penalty = 1.0  # beams are compared by log p / length ** length_penalty
+temperature = 0.0  # for image: above 0, sample at this temperature instead
+num_captions = 1  # for image: captions of each
 # reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1)
 cider_weight = 1.0  # CIDEr-D alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence, smoothed by one from n = 2 on
@@ -65,7 +70,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")  # of the table before / after
+TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")  # of the table before / after
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,10 +106,11 @@ class Reward:
 
     def __call__(self, captions, photos):
         """captions: n word lists, END last where the model ended it; photos: the index of each one's photo -> (n,)"""
-        scores = [self.cider_weight * self.cider.score(words, photo)
-                  + (self.bleu_weight * self.smoothed_bleu4(words, photo) if self.bleu_weight else 0.0)
-                  for words, photo in zip(captions, photos, strict=True)]
-        return torch.tensor(scores)
+        scores = self.cider_weight * self.cider.scores(captions, photos)
+        if self.bleu_weight:
+            bleus = [self.smoothed_bleu4(words, photo) for words, photo in zip(captions, photos, strict=True)]
+            scores += self.bleu_weight * np.array(bleus)
+        return torch.from_numpy(scores).float()
 
 
 def to_words(ids, tokenizer):
@@ -120,17 +126,12 @@ def advantages(rewards, greedy_rewards=None):
     return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
 
 
-def counted(sampled, eos_id):
-    """(n, T) sampled ids -> (n, T) mask of the tokens that count: the end token among them and nothing after it."""
-    return (sampled == eos_id).cumsum(dim=1) - (sampled == eos_id).long() == 0
-
-
 def scst_loss(log_probs, sampled, advantage, eos_id):
     """Minus the sum of advantage * log p over the sampled tokens that count; main() divides by how many those are.
 
     log_probs: (n, T) of the sampled ids (n, T); advantage: (n,).
     """
-    return -(advantage[:, None] * log_probs * counted(sampled, eos_id)).sum()
+    return -(advantage[:, None] * log_probs * mllm.counted(sampled, eos_id)).sum()
 
 
 def describe(captions, rewards, greedy_rewards):
@@ -143,13 +144,17 @@ def describe(captions, rewards, greedy_rewards):
     return row
 
 
-def step_flops(model, data, image_size, max_tokens, dev):
+def step_flops(model, data, max_tokens, dev):
     """FLOPs of the pass that learns, a caption, for one of half the longest length; writing it comes on top."""
     images = data["images"][data["splits"]["train"][:1]].to(dev)
     encode = lambda: model.encode(images).repeat_interleave(samples, dim=0)
-    prompts = model.prompt(samples, model.n_image_tokens(image_size), dev)
-    ids = torch.cat((prompts, torch.full((samples, max_tokens // 2), model.config.eos_id, device=dev)), dim=1)
-    return config.count_flops(model, lambda: model.log_probs(encode(), ids).sum())["Global"] / samples
+    words = torch.full((samples, max_tokens // 2), model.config.eos_id, device=dev)
+
+    def example():
+        tokens = encode()
+        return model.log_probs(tokens, torch.cat((model.prompt(tokens), words), dim=1)).sum()
+
+    return config.count_flops(model, example)["Global"] / samples
 
 
 def lr_factor(step, progress):
@@ -175,7 +180,8 @@ def main(argv=None):
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python scst.py (with the same config)"
     context = config.autocast(dev, dtype)
     if image:
-        mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context)
+        how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty)
+        mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context, num_captions=num_captions, **how)
         return
 
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, samples=samples)
@@ -185,11 +191,12 @@ def main(argv=None):
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of mllm.py
     splits, tokenizer, max_tokens = data["splits"], data["tokenizer"], sft["max_tokens"]
     evaluate = lambda split: mllm.evaluate(model, data, split, max_tokens, dev, context)
+    evaluate_twice = lambda split: mllm.evaluate_twice(model, data, split, max_tokens, dev, context, beams, length_penalty)
     if eval_only:
         if eval_split not in splits:
             config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
         print(f"{start_from}, step {checkpoint['step']}, {eval_split}: "
-              + " | ".join(f"{name} {value:.2f}" for name, value in evaluate(eval_split)[0].items()))
+              + " | ".join(f"{name} {value:.2f}" for name, value in evaluate_twice(eval_split)[0].items()))
         return
 
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
@@ -209,7 +216,7 @@ def main(argv=None):
                *(f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES)]
     per_step = min(batch_size, len(splits["train"]))  # photos
     config.n_parts(per_step, accumulation)  # fails where the photos cannot be cut so
-    flops = step_flops(model, data, sft["image_size"], max_tokens, dev)
+    flops = step_flops(model, data, max_tokens, dev)
     peak = config.matmul_peak(dev, context)
     clock = config.Clock(max_steps, max_minutes, resumed["seconds"] if resumed else 0.0)
     log = config.Log(out, columns, clock, resumed, flops, peak)
@@ -248,15 +255,15 @@ def main(argv=None):
         torch.manual_seed(seed * 1_000_003 + step)  # augmentation and samples hang on the step alone: resuming is exact
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
-        images = mllm.augment(data["images"][photos], said, sft["shift"], sft["mirror"])  # as in the training before
+        images = config.augment_photos(data["images"][photos], said, sft["crop"], sft["jitter"], sft["mirror"])  # as then
         drafts = []
         for part in config.parts(model, per_step, accumulation, seed, step):  # write captions, see what they are worth
             with context:
-                tokens = model.encode(images[part].to(dev)).repeat_interleave(samples, dim=0)  # (b * K, N, C)
-                sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0)
+                tokens = model.encode(images[part].to(dev))  # (b, N, C), read once for all K samples
+                sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, num_captions=samples)
                 greedy = None
                 if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
-                    greedy = model.generate(tokens.detach()[::samples], max_new_tokens=max_tokens)
+                    greedy = model.generate(tokens.detach(), max_new_tokens=max_tokens)
             captions = to_words(sampled, tokenizer)
             rewards = reward(captions, [i for i in rows[part] for _ in range(samples)]).view(-1, samples)  # (b, K)
             greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), rows[part])  # (b,)
@@ -264,12 +271,13 @@ def main(argv=None):
             row = describe(captions, rewards, greedy_rewards)
             means = config.sum_numbers(*(value / config.n_processes() for value in row.values()), device=dev)
             history.append(dict(zip(row, means)))
-        n_tokens, = config.sum_numbers(sum(counted(sampled, tokenizer.eos_id).sum() for _, sampled, *_ in drafts),
+        n_tokens, = config.sum_numbers(sum(mllm.counted(sampled, tokenizer.eos_id).sum() for _, sampled, *_ in drafts),
                                        device=dev)  # of the whole batch
         loss = 0.0
         for tokens, sampled, rewards, greedy_rewards in drafts:  # learn from them
             with context:
-                prompts = model.prompt(len(sampled), tokens.size(1), dev)
+                tokens = tokens.repeat_interleave(samples, dim=0)  # (b * K, N, C)
+                prompts = model.prompt(tokens)
                 log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]
             advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
             share = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id) / n_tokens
@@ -293,7 +301,7 @@ def main(argv=None):
         model.load_state_dict(weights)
         for split in ("val", "test"):
             with clock.paused():
-                scores, captions = evaluate(split)
+                scores, captions = evaluate_twice(split)
             table.append((when, split, scores))
         pictures.append(captions[:len(shown)])  # of the test split
     log.write(step, {}, file_only={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
@@ -301,8 +309,10 @@ def main(argv=None):
     print(f"{'':<7}{'':<6}" + "".join(f"{name:>10}" for name in TABLE))
     for when, split, scores in table:
         print(f"{when:<7}{split:<6}" + "".join(f"{scores[name]:>10.2f}" for name in TABLE))
+    for p, b, a in zip(shown, *pictures):
+        print(f"{data['names'][p]}: before: {b} | after: {a}")
     config.save_grid(out / "before_after.png", [data["images"][p] for p in shown],
-                     [f"before: {b}\nafter: {a}" for b, a in zip(*pictures)])
+                     [f"before: {b}\nafter: {a}\nhuman: {data['captions'][p][0]}" for p, b, a in zip(shown, *pictures)])
     gain = table[2][2]["cider"] / max(1e-9, table[0][2]["cider"]) - 1
     print(f"validation CIDEr {table[0][2]['cider']:.2f} -> {table[2][2]['cider']:.2f} ({100 * gain:+.1f}%) after "
           f"{clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")

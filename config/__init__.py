@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -282,6 +283,15 @@ def sum_numbers(*numbers, device="cpu"):
     return total.tolist()
 
 
+def gather(tensor):
+    """[the tensor of the first process, that of the second, ...]; all of one shape, and without gradients."""
+    if not dist.is_initialized():
+        return [tensor.detach()]
+    everyone = [torch.empty_like(tensor) for _ in range(n_processes())]
+    dist.all_gather(everyone, tensor.detach().contiguous())
+    return everyone
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # training
 
@@ -373,6 +383,31 @@ def shift_and_mirror(images, shift, mirrored):
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
 
+def augment_photos(images, captions, crop, jitter, mirror):
+    """(B, 3, H, W) photos -> (B, 3, H, W) float: of each a part with a share from crop to 1 of its area and sides that
+    are stretched by up to 4 / 3, brought back to H x W; with mirror half of them mirrored, but none of which a caption
+    (captions: a list for each photo) says left or right; brightness, contrast and saturation changed by factors from
+    1 - jitter to 1 + jitter. Draws from torch's global generator."""
+    B, dev = len(images), images.device
+    sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
+    mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
+    area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
+    sides = torch.stack((area * stretch, area / stretch)).sqrt().clamp(max=1.0)  # (2, B), shares of width and height
+    middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
+    gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
+    if crop < 1 or mirrored.any():
+        theta = torch.zeros(B, 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
+        theta[:, :, 2] = middle.T
+        where = torch.nn.functional.affine_grid(theta.to(dev), images.shape, align_corners=False)
+        images = torch.nn.functional.grid_sample(images.float(), where, padding_mode="border", align_corners=False)
+    if jitter:
+        images = images.float() * gain[0]
+        images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, gain[1])
+        images = images.mean(dim=1, keepdim=True).lerp(images, gain[2]).clamp(0, 255)
+    return images
+
+
 def show_progress(text):
     """Overwrite the last line of a terminal with text; says nothing where the output goes to a file."""
     if sys.stdout.isatty():
@@ -396,15 +431,15 @@ def save(path, checkpoint):
 
 
 def load(path, train_with, device="cpu", has=None):
-    """The checkpoint at path; train_with is the command that makes one, for the message when there is none; has: a name
-    that the config of such a checkpoint holds, as those of other stages do not."""
+    """The checkpoint at path; train_with is the command that makes one, for the message when there is none; has: names
+    of which the config of such a checkpoint holds one, as those of other stages do not."""
     if not Path(path).is_file():
         fail(f"no checkpoint {path} yet; train one first: {train_with}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
-    if has and has not in checkpoint["config"]:
+    if not any(name in checkpoint["config"] for name in has or checkpoint["config"]):
         fail(f"{path} is a checkpoint of another stage than the one that {train_with} runs")
     return checkpoint
 
