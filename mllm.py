@@ -538,16 +538,16 @@ def load_captioner(path, train_with, dev, with_data=False):
     return model, data | {"tokenizer": tokenizer}, checkpoint
 
 
-def words_and_places(model, tokenizer, tokens, ids):
-    """What a caption's words are, and where the model looked as it wrote each: a list of str, and (words, n) shares of
-    the image. tokens: (1, N, C) of encode(); ids: (T,) written tokens."""
-    prompt = model.prompt(tokens)
-    seen = model.attention_to_images(tokens, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]  # (T, n)
+@torch.no_grad()
+def words_and_places(model, tokenizer, pixels, caption, max_tokens):
+    """What a caption's words are, and where the model looks as it writes each: a list of str, and (words, n) shares of
+    the image. pixels: (1, 3, H, W)."""
+    prompt = model.prompt(model.encode(pixels))
+    ids = torch.tensor(tokenizer.encode(caption)[:max_tokens], dtype=torch.long, device=prompt.device)
+    seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]  # (T, n)
     words, places = [], []
     for token, place in zip(ids.tolist(), seen):
         text = tokenizer.decode([token])
-        if not text:  # the end
-            break
         if text.startswith(" ") or not words:
             words.append("")
             places.append([])
@@ -580,10 +580,9 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     config.save_grid(out / "captioned.png", pictures, ["\n".join(lines[i:i + each]) for i in range(0, len(lines), each)],
                      min(4, len(photos)))
     for i, picture in enumerate(pictures[:4]):
-        ids = torch.tensor(tokenizer.encode(captions[i * each]) + [tokenizer.eos_id], device=dev)
-        with torch.no_grad():
-            words, places = words_and_places(model, tokenizer, model.encode(inputs[i:i + 1].to(dev)), ids)
-        draw_places(out / f"places_{Path(photos[i][0]).stem}.png", picture, words, places.cpu())
+        if captions[i * each]:
+            words, places = words_and_places(model, tokenizer, inputs[i:i + 1].to(dev), captions[i * each], longest)
+            draw_places(out / f"places_{Path(photos[i][0]).stem}.png", picture, words, places.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,17 +623,17 @@ def print_baselines(path, data, split, max_tokens, dev, context):
     """A table of what people, nearest photos and, if there is one, the model at path score on a split."""
     photos = data["splits"][split]
     five = [data["captions"][p] for p in photos]
-    rows = {"nearest training photos, all references": (nearest_captions(data, split), five)}
-    if all(len(refs) > 1 for refs in five):
-        four = [refs[1:] for refs in five]
-        rows["people: the first caption against the others"] = [refs[0] for refs in five], four
-        rows["nearest training photos against the same others"] = rows["nearest training photos, all references"][0], four
+    if min(map(len, five)) < 2:
+        config.fail("to compare people with each other takes two captions of each photo")
+    four, alike = [refs[1:] for refs in five], nearest_captions(data, split)
+    rows = {"people: the first caption against the others": ([refs[0] for refs in five], four),
+            "nearest training photos against the same others": (alike, four),
+            "nearest training photos, all references": (alike, five)}
     if path.is_file():
         model, tokenizer, checkpoint = load_captioner(path, "python mllm.py", dev)
         longest = checkpoint["settings"]["max_tokens"]
         captions, *_ = write_captions(model, data["images"][photos], tokenizer, longest, dev, context)
-        rows[f"{path}, greedy, all references"] = captions, five
-        rows[f"{path} against the same others"] = captions, four
+        rows |= {f"{path} against the same others": (captions, four), f"{path}, all references": (captions, five)}
     print(f"{split:<52}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
     for name, (captions, references) in rows.items():
         values = [cider(captions, references)[0] * 100, *(100 * score for score in bleu(captions, references))]

@@ -1123,9 +1123,9 @@ class MLLM(nn.Module):
 
     @torch.no_grad()
     def attention_to_images(self, images, ids):
-        """How much the model looks at each part of an image when it writes the token after each of ids (B, T), one image
-        a row: (B, T, n), the mean over layers and heads, of sum 1; n is the number of image tokens, row by row of the
-        grid that they form, or of patches where an abstractor's tokens have no place of their own."""
+        """How much the model looks at each part of an image when it writes the token after each of ids (B, T); images:
+        (B, 3, H, W), one a row. (B, T, n), the mean over layers and heads, of sum 1; n is the number of image tokens, row
+        by row of the grid that they form, or of patches where an abstractor's tokens have no place of their own."""
         blocks, mask = self.gpt.decoder.blocks, ids == self.config.image_id
         watched = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
         watched = [attn for attn in watched if attn is not None]

@@ -26,6 +26,7 @@ Departures from the paper:
 """
 
 import math
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def main(argv=None):
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
     # of the samples, over the interval: mean reward, that of the greedy captions, their difference, and so on
-    of_samples = ["reward", "greedy", "difference", "length", "broken", "distinct", "loss"]
+    of_samples = ["reward", "greedy", "difference", "length", "broken", "distinct", "loss", "reward_share"]
     columns = [*of_samples,
                *(f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES)]
     per_step = min(batch_size, len(splits["train"]))  # photos
@@ -256,7 +257,7 @@ def main(argv=None):
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
         images = config.augment_photos(data["images"][photos], said, sft["crop"], sft["jitter"], sft["mirror"])  # as then
-        drafts = []
+        drafts, began, in_reward = [], time.perf_counter(), 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):  # write captions, see what they are worth
             with context:
                 tokens = model.encode(images[part].to(dev))  # (b, N, C), read once for all K samples
@@ -264,9 +265,11 @@ def main(argv=None):
                 greedy = None
                 if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
                     greedy = model.generate(tokens.detach(), max_new_tokens=max_tokens)
+            in_reward -= time.perf_counter()
             captions = to_words(sampled, tokenizer)
             rewards = reward(captions, [i for i in rows[part] for _ in range(samples)]).view(-1, samples)  # (b, K)
             greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), rows[part])  # (b,)
+            in_reward += time.perf_counter()
             drafts.append((tokens, sampled, rewards, greedy_rewards))
             row = describe(captions, rewards, greedy_rewards)
             means = config.sum_numbers(*(value / config.n_processes() for value in row.values()), device=dev)
@@ -289,6 +292,7 @@ def main(argv=None):
         config.set_lr(optimizers, factor)
         optimizers[0].step()
         optimizers[0].zero_grad(set_to_none=True)
+        history[-1]["reward_share"] = 100 * in_reward / (time.perf_counter() - began)  # of the step's time, in per cent
         step += 1
         config.show_progress(f"step {step} | reward {history[-1]['reward']:.3f}")
 

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,8 +44,8 @@ import scst
 import vit
 from mllm import bleu, cider, ends_badly, words_of
 from model import (
-    CONNECTORS, GPT, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, DecoderBlock, Dropout, FeedForward, GPTConfig,
-    KVCache, LayerNorm, LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding,
+    CLIP, CONNECTORS, GPT, MLLM, AbstractorConnector, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig,
+    DecoderBlock, Dropout, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding, MLLMConfig, MultiHeadAttention, PatchEmbedding,
     PixelShuffleConnector, RMSNorm, RotaryEmbedding, SinusoidalPositionalEncoding, Transformer, TransformerDecoder,
     TransformerEncoder, ViT, ViTConfig, causal_mask, padding_mask, sample_next, scaled_dot_product_attention,
     tokenizer_from_state,
@@ -653,20 +655,23 @@ EXAMPLE = torch.tensor([[1, 5, *IMAGE, 7, 8], [*IMAGE, 1, 9, 9, 6]])  # each row
 TARGETS = torch.tensor([[5, -1, -1, -1, -1, 7, 8, 2], [-1, -1, -1, 1, 9, 9, 6, 2]])
 
 
+def tiny_gpt_config(**changes):
+    return GPTConfig(**dict(vocab_size=20, block_size=24, n_layer=2, n_head=2, n_embd=24) | changes)
+
+
 def tiny_mllm(**changes):
     vit = ViTConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=16)
-    gpt = GPTConfig(vocab_size=20, block_size=24, n_layer=2, n_head=2, n_embd=24)
-    return MLLM(MLLMConfig(**dict(vit=vit, gpt=gpt) | changes))
+    return MLLM(MLLMConfig(**dict(vit=vit, gpt=tiny_gpt_config()) | changes))
 
 
 def test_mllm_puts_image_tokens_where_the_placeholders_are():
     model, images = shake(tiny_mllm()), photos(2)
     (first, second), words = model.encode(images), model.gpt.embedding.weight
     expected = torch.stack([torch.cat((words[[1, 5]], first, words[[7, 8]])), torch.cat((second, words[[1, 9, 9, 6]]))])
-    close(model.embed(images, EXAMPLE), expected)
+    close(model.embed(images, EXAMPLE)[0], expected)
     close(model(images, EXAMPLE)[0], model.logits(model.gpt.hidden(expected)))
     both = torch.cat((words[[5]], first, words[[6]], second, words[[7]]))[None]
-    close(model.embed(images, torch.tensor([[5, *IMAGE, 6, *IMAGE, 7]])), both)  # two images in one row
+    close(model.embed(images, torch.tensor([[5, *IMAGE, 6, *IMAGE, 7]]))[0], both)  # two images in one row
     text = torch.tensor([[1, 5, 9], [6, 7, 2]])  # without an image it is the language model, but for the placeholder
     close(model(images[:0], text)[0], model.gpt(text)[0].index_fill(-1, torch.tensor([3]), -math.inf))
 
@@ -682,11 +687,11 @@ def test_mllm_errors_for_wrong_counts_long_input_and_unknown_connectors():
 
 def test_mllm_text_sees_the_image_before_it_and_nothing_sees_later_text():
     model, images, ids, later = shake(tiny_mllm()), photos(2), EXAMPLE[:1], EXAMPLE[:1].clone()
-    features = model.gpt.hidden(model.embed(images[:1], ids))
-    by = moved(model.gpt.hidden(model.embed(images[1:], ids)), features)
+    features = model.hidden(images[:1], ids)
+    by = moved(model.hidden(images[1:], ids), features)
     assert by[:2].max() == 0 and by[2:].min() > 1e-4
     later[:, 6] += 1
-    by = moved(model.gpt.hidden(model.embed(images[:1], later)), features)
+    by = moved(model.hidden(images[:1], later), features)
     assert by[:6].max() == 0 and by[6:].min() > 1e-4
 
 
@@ -695,8 +700,11 @@ def test_mllm_loss_and_log_probs_are_those_of_the_full_logits():
     tokens = model.encode(images)
     close(tokens, model.connector(model.vit.features(images)))
     logits, (some, loss) = model(images, EXAMPLE)[0], model(tokens, EXAMPLE, TARGETS)  # tokens stand in for pixels
-    close(some, logits[:, (TARGETS >= 0).any(dim=0)])  # of the positions that have a target in any row
+    close(some, logits[TARGETS >= 0])
     close(loss, F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=-1))
+    words = torch.arange(20) != 3  # the share of label smoothing is spread over all but the placeholder
+    spread = -some.log_softmax(dim=-1)[:, words].mean()
+    close(model(tokens, EXAMPLE, TARGETS, label_smoothing=0.1)[1], 0.9 * loss + 0.1 * spread)
     expected = logits.log_softmax(dim=-1)[:, :-1].gather(2, EXAMPLE[:, 1:, None])[:, :, 0]
     for either in (images, tokens):
         close(model.log_probs(either, EXAMPLE), F.pad(expected, (1, 0)).masked_fill(EXAMPLE == 3, 0), 1e-4)
@@ -740,15 +748,160 @@ def test_pixel_shuffle_folds_neighbouring_patches():
     raises(ValueError, "9 patches are no square grid of even side", layer, torch.zeros(1, 9, 1))
 
 
-def test_mllm_initial_loss_and_gradients_through_each_connector():
-    for connector in CONNECTORS:
-        model = tiny_mllm(connector=connector)
-        n = model.n_image_tokens(8)
-        assert n == model.encode(photos(1)).size(1)
+def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
+    for connector, cross_every in itertools.product(CONNECTORS, (0, 2)):
+        model = tiny_mllm(connector=connector, gpt=tiny_gpt_config(cross_every=cross_every))
+        n = model.config.n_placeholders(8)
+        assert model.config.n_image_tokens(8) == model.encode(photos(1)).size(1) and n == (0 if cross_every else
+                                                                                          model.config.n_image_tokens(8))
         ids = torch.tensor([[3] * n + [1, 5, 6]] * 2)
         loss_of = lambda: model(photos(2), ids, torch.tensor([[-1] * n + [5, 6, 2]] * 2))[1]
         assert abs(loss_of().item() - math.log(20)) < 0.3
-        assert not unreached(model, loss_of)
+        assert not unreached(model, loss_of), (connector, cross_every)
+
+
+def test_abstractor_makes_the_same_number_of_tokens_of_any_grid_and_sees_all_of_it():
+    layer = shake(AbstractorConnector(8, 6))
+    for side in (2, 5):
+        x = torch.randn(2, side * side, 8, requires_grad=True)
+        assert layer(x).shape == (2, 16, 6) and layer.n_tokens(side) == 16
+        by_patch = torch.autograd.grad(layer(x)[0, 3].square().sum(), x)[0].abs().amax(dim=2)
+        assert by_patch[0].min() > 0 and by_patch[1].max() == 0
+
+
+def shut(model):
+    """The model with random weights in everything but its gates, which stay at 0."""
+    gates = {name for name, _ in model.named_parameters() if name.endswith("cross_gate")}
+    shake(model)
+    for name, p in model.named_parameters():
+        if name in gates:
+            p.data.zero_()
+    return model
+
+
+def test_gated_cross_attention_is_the_text_model_at_zero_and_sees_every_image_otherwise():
+    model, ids = shut(tiny_mllm(gpt=tiny_gpt_config(cross_every=2))), some_ids(3, 5).clamp(min=4)
+    text = GPT(tiny_gpt_config())
+    text.load_state_dict({name: w for name, w in model.gpt.state_dict().items() if ".cross_" not in name})
+    alone = text(ids)[0].index_fill(-1, torch.tensor([3]), -math.inf)
+    close(model(photos(3), ids)[0], alone, 1e-6)
+    close(model(photos(3)[:0], ids)[0], alone, 1e-6)  # without images it is the text model, whatever the gates
+    for p in (p for name, p in model.named_parameters() if name.endswith("cross_gate")):
+        p.data.normal_()
+    images = photos(6)
+    both = model(images, ids)[0]  # two images a row
+    for i in range(6):
+        other = images.clone()
+        other[i] = 255 - other[i]
+        by = (model(other, ids)[0] - both).nan_to_num().abs().amax(dim=(1, 2))  # the placeholder's logit is infinite
+        assert by[i // 2] > 1e-4 and all(by[row] == 0 for row in range(3) if row != i // 2)
+    raises(ValueError, "no placeholder", model, photos(2), EXAMPLE)
+    raises(ValueError, "4 images for 3 rows", model, photos(4), ids)
+
+
+def test_cross_attention_generates_with_a_cache_as_without():
+    model, images = shake(tiny_mllm(eos_id=-1, gpt=tiny_gpt_config(cross_every=1)), 0.6), photos(3)
+    out = model.generate(images, max_new_tokens=12)
+    assert out.equal(greedy(lambda ids: model(images, ids)[0], torch.tensor([[1]] * 3), 12)[:, 1:])
+    assert not out[0].equal(out[1])
+
+
+def test_samples_share_the_reading_of_the_image():
+    for cross_every in (0, 1):
+        model, images = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=cross_every)), 0.1), photos(3)
+        how = dict(max_new_tokens=9, temperature=1.0)
+        shared = model.generate(images, num_captions=4, generator=torch.Generator().manual_seed(5), **how)
+        apart = model.generate(images.repeat_interleave(4, dim=0), generator=torch.Generator().manual_seed(5), **how)
+        assert shared.equal(apart) and len(shared.unique(dim=0)) > 3
+    raises(ValueError, "as many beams", lambda: model.generate(images, num_captions=2))
+
+
+def test_a_wide_beam_search_finds_the_best_of_all_texts():
+    model, images = shake(tiny_mllm(gpt=tiny_gpt_config(vocab_size=6)), 0.5), photos(2)
+    prompt = model.prompt(model.encode(images))
+    texts = [text for n in range(3) for text in itertools.product((0, 1, 4, 5), repeat=n)]  # before the end, at most 2
+    texts = [[*text, 2] for text in texts] + [list(text) for text in itertools.product((0, 1, 4, 5), repeat=3)]
+    for penalty in (0.0, 1.0, 2.0):
+        model.requires_grad_(False)
+        scores = torch.tensor([[model.log_probs(images[i:i + 1], torch.cat((prompt[:1], torch.tensor([text])), dim=1))[
+            0, prompt.size(1):].sum() / len(text) ** penalty for text in texts] for i in range(2)])
+        best = scores.topk(3, dim=1)
+        found = model.generate(images, max_new_tokens=3, beams=200, length_penalty=penalty, num_captions=3)
+        wanted = [texts[j] + [2] * (3 - len(texts[j])) for row in best.indices.tolist() for j in row]
+        assert found.tolist() == wanted
+        x, _ = model.embed(images, prompt)
+        got = model.gpt.beam_search(prompt, 3, 200, 2, penalty, prompt=x, never=3)[1][:, :3]
+        close(got, best.values, 1e-4)
+
+
+def test_a_beam_of_one_is_greedy_and_more_are_at_least_as_likely():
+    for cross_every in (0, 1):
+        model, images = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=cross_every))).train(), photos(4)
+        tokens = model.eval().encode(images)
+        prompt = model.prompt(tokens)
+        x, memory = model.embed(tokens, prompt)
+        one, score = model.gpt.beam_search(prompt, 10, 1, 2, 0.0, prompt=x, memory=memory, never=3)
+        assert one[:, 0].equal(model.generate(images, max_new_tokens=10))
+        wide = model.gpt.beam_search(prompt, 10, 8, 2, 0.0, prompt=x, memory=memory, never=3)[1]
+        assert (wide[:, 0] >= score[:, 0] - 1e-5).all() and (wide.diff(dim=1) <= 0).all()
+
+
+def test_attention_to_images_is_that_of_the_words():
+    for cross_every, connector in itertools.product((0, 2), ("mlp", "abstractor")):
+        model = shake(tiny_mllm(connector=connector, gpt=tiny_gpt_config(cross_every=cross_every)))
+        images = photos(2)
+        prompt = model.prompt(model.encode(images))
+        seen = model.attention_to_images(images, torch.cat((prompt, some_ids(2, 3).clamp(min=4)), dim=1))
+        assert seen.shape == (2, prompt.size(1) + 3, 4) and (seen >= 0).all()
+        close(seen[:, -3:].sum(dim=2), torch.ones(2, 3))
+        assert not any(m.watched for m in model.modules() if isinstance(m, MultiHeadAttention))
+    model = shut(tiny_mllm())  # one block whose attention is known: words attend to the third image token alone
+    for block in model.gpt.decoder.blocks:
+        block.attn.forward = types.MethodType(third_alone, block.attn)
+    images = photos(1)
+    ids = torch.cat((model.prompt(model.encode(images)), some_ids(1, 2).clamp(min=4)), dim=1)
+    assert model.attention_to_images(images, ids)[0, -1].tolist() == [0, 0, 1, 0]
+
+
+def third_alone(self, x, **_):
+    B, T, _ = x.shape
+    self.weights = F.one_hot(torch.full((B, 1, T), 2), T).float()
+    return torch.zeros_like(x)
+
+
+def tiny_clip(**changes):
+    vit = ViTConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=16, n_classes=12)
+    return CLIP(CLIPConfig(**dict(vit=vit, vocab_size=20, max_tokens=6, n_layer=1, n_head=2, n_embd=16) | changes))
+
+
+def test_clip_loss_by_hand_and_gradients():
+    model = tiny_clip()
+    images, texts = (F.normalize(torch.randn(3, 4), dim=1) for _ in range(2))
+    scores = [[math.exp(images[i] @ texts[j] / 0.07) for j in range(3)] for i in range(3)]
+    want = -sum(math.log(scores[i][i] / sum(scores[i])) + math.log(scores[i][i] / sum(row[i] for row in scores))
+                for i in range(3)) / 6
+    close(model.loss(images, texts), torch.tensor(want), 1e-4)
+    model.log_scale.data.fill_(99.0)  # one over the temperature is at most 100
+    close(model.loss(images, texts), (F.cross_entropy(100 * images @ texts.T, torch.arange(3))
+                                      + F.cross_entropy(100 * texts @ images.T, torch.arange(3))) / 2, 1e-4)
+    model = tiny_clip()
+    ids = torch.tensor([[1, 5, 2, 0], [1, 6, 7, 2]])
+    assert not unreached(model, lambda: model.loss(*model(photos(2), ids)))
+    close(torch.cat(model(photos(2), ids)).norm(dim=1), torch.ones(4))
+
+
+def test_clip_text_does_not_see_padding():
+    model, ids = shake(tiny_clip()), torch.tensor([[1, 5, 2]])
+    close(model.embed_texts(F.pad(ids, (0, 3))), model.embed_texts(ids), 1e-6)
+    assert moved(model.embed_texts(torch.tensor([[5, 1, 2]])), model.embed_texts(ids)).max() > 1e-4
+
+
+def test_clip_learns_which_text_is_whose():
+    model, images = tiny_clip(), photos(6)
+    ids = torch.randint(4, 20, (6, 5))
+    fit(model, lambda: model.loss(*model(images, ids)), 60, 1e-2)
+    images, texts = model(images, ids)
+    assert (images @ texts.T).argmax(dim=1).tolist() == list(range(6))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -865,6 +1018,23 @@ def test_shift_and_mirror():
     assert len(seen) == 9
 
 
+def test_photos_are_cropped_mirrored_and_recoloured():
+    ramp = torch.arange(8.0).expand(64, 3, 8, 8) * 20 + 20  # brighter to the right
+    plain = [["a dog"]] * 64
+    assert torch.equal(config.augment_photos(ramp, plain, 1.0, 0.0, False), ramp)
+    mirrored = config.augment_photos(ramp, plain, 1.0, 0.0, True)
+    flipped = [torch.allclose(image, ramp[0].flip(-1), atol=1e-3) for image in mirrored]
+    assert 16 < sum(flipped) < 48 and all(f or torch.allclose(i, ramp[0], atol=1e-3) for f, i in zip(flipped, mirrored))
+    sided = config.augment_photos(ramp, [["a dog", "on the left."]] * 64, 0.99999, 0.0, True)
+    assert (sided[:, :, :, -1] > sided[:, :, :, 0]).all()
+    seen = config.augment_photos(ramp, plain, 0.25, 0.0, False)
+    width = (seen[:, 0, 0, -1] - seen[:, 0, 0, 0]) / 140  # the share of the ramp that is seen
+    assert width.min() > 0.35 and width.max() < 1.01 and width.std() > 0.05
+    assert (seen >= 20).all() and (seen <= 160).all()  # nothing from beyond the border
+    coloured = config.augment_photos(ramp * torch.tensor([1.0, 0.5, 0.2]).view(3, 1, 1), plain, 1.0, 0.3, False)
+    assert coloured.std(dim=0).min() > 1 and (coloured >= 0).all() and (coloured <= 255).all()
+
+
 def test_arithmetic_is_counted_and_the_peak_measured():
     model, ids = tiny_gpt(n_embd=32, n_layer=3), some_ids(1, 16)
     loss = lambda: model(ids, ids)[1]
@@ -975,11 +1145,51 @@ def test_cider_by_hand():
 
 def test_cider_weighs_by_document_frequency():
     references = [["a dog"], ["a cat"], ["a bird"]]
-    df, n = mllm.document_frequencies([[words_of(r) for r in refs] for refs in references])
-    assert n == 3 and df[("a",)] == 3 and df[("dog",)] == 1 and df[("a", "dog")] == 1
+    words = [[words_of(r) for r in refs] for refs in references]
+    keys, counts, n = mllm.document_frequencies(words)
+    assert n == 3 and sorted(counts) == [1] * 6 + [3] and (np.diff(keys.astype(object)) > 0).all()  # "a" is in all three
     _, each = cider(["a", "cat", "a bird"], references)
     assert each[0] == 0 and each[1] > 0  # "a" is in every image: it weighs nothing
-    assert cider(["a", "cat", "a bird"], references, df=({}, 3))[1][0] > 0  # counted elsewhere, it does
+    elsewhere = mllm.document_frequencies([[["x"]]] * 3)
+    assert cider(["a", "cat", "a bird"], references, df=elsewhere)[1][0] > 0  # counted elsewhere, it does
+
+
+def plain_cider(candidate, refs, all_refs):
+    """CIDEr-D of one list of words, as its formula says: sums over dicts."""
+    grams = lambda words, n: Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+    total = 0.0
+    for n in range(1, 5):
+        df = Counter(gram for each in all_refs for gram in {g for ref in each for g in grams(ref, n)})
+        idf = lambda gram: math.log(len(all_refs)) - math.log(max(1, df[gram]))
+        vector = lambda words: {gram: count * idf(gram) for gram, count in grams(words, n).items()}
+        norm = lambda v: math.sqrt(sum(x * x for x in v.values()))
+        c = vector(candidate)
+        for ref in refs:
+            r = vector(ref)
+            dot = sum(min(x, r[gram]) * r[gram] for gram, x in c.items() if gram in r)
+            gap = max(0, len(candidate) - 1) - max(0, len(ref) - 1)
+            total += dot / (norm(c) * norm(r)) * math.exp(-gap * gap / 72) if norm(c) and norm(r) else 0.0
+    return 10 * total / 4 / len(refs)
+
+
+def test_cider_of_many_captions_at_once_equals_its_formula():
+    rng = np.random.default_rng(0)
+    text = lambda: [f"w{i}" for i in rng.zipf(1.5, rng.integers(0, 9)) % 12]
+    references = [[text() for _ in range(rng.integers(1, 6))] for _ in range(30)]
+    captions, images = [text() for _ in range(80)], rng.integers(0, 30, 80)
+    captions[:10] = [references[image][0] for image in images[:10]]
+    got = mllm.CiderD(references).scores(captions, images)
+    want = [plain_cider(c, references[i], references) for c, i in zip(captions, images)]
+    assert np.abs(got - want).max() < 1e-9 and (got > 1).sum() > 8
+
+
+def test_rank_correlation_equals_counting_pairs():
+    rng = np.random.default_rng(0)
+    scores, grades = rng.integers(0, 9, 60).astype(float), rng.integers(1, 5, 60)
+    pairs = list(itertools.combinations(range(60), 2))
+    order = sum(np.sign((scores[i] - scores[j]) * (grades[i] - grades[j])) for i, j in pairs)
+    assert abs(mllm.kendall_tau_c(scores, grades) - 2 * 4 * order / (60 ** 2 * 3)) < 1e-12
+    assert mllm.kendall_tau_c(np.arange(4.0), np.arange(4)) == 1.0
 
 
 def test_reward_sees_the_end_token_and_mixes_cider_with_bleu():
@@ -1131,7 +1341,7 @@ def make_captioned_folder(folder, n):
 
 
 def make_toy_data():
-    """data/shakespeare and data/cifar10, tiny."""
+    """data/shakespeare, data/cifar10 and data/mine, tiny."""
     text = "to be, or not to be: that is the question.\n" * 30
     Path("data/shakespeare").mkdir(parents=True)
     Path("data/shakespeare/input.txt").write_text(text)
@@ -1142,6 +1352,8 @@ def make_toy_data():
         np.save(f"data/cifar10/{split}_labels.npy", (np.arange(n) % 10).astype(np.uint8))
         np.save(f"data/cifar10/{split}_images.npy", rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8))
     Path("data/cifar10/classes.json").write_text(json.dumps([f"class{i}" for i in range(10)]))
+    make_captioned_folder("mine", 40)
+    run(prepare_flickr8k, "--source=mine", "--out_dir=data/mine", "--size=16", "--vocab_size=280")
 
 
 COMMON = ("--device=cpu", "--max_minutes=0", "--max_steps=6", "--eval_interval=2")
@@ -1152,21 +1364,24 @@ TOY = {  # at least one source of randomness of each kind is on: batches, dropou
           "--first_size=16", "--cutmix=0.5", "--dropout=0.1", "--out_dir=out/vit"),
     mllm: (*COMMON, "--n_drawn=80", "--batch_size=8", "--image_size=24", "--vit_layer=1", "--vit_head=2",
            "--vit_embd=16", "--gpt_layer=1", "--gpt_head=2", "--gpt_embd=16", "--dropout=0.1", "--align_share=0.5",
-           "--captions_per_photo=2", "--mirror=True", "--shift=1", "--out_dir=out/mllm"),
-    scst: (*COMMON, "--batch_size=4", "--out_dir=out/scst", "--sft_dir=out/mllm"),
+           "--captions_per_photo=2", "--mirror=True", "--crop=0.8", "--jitter=0.1", "--word_dropout=0.1", "--out_dir=out/mllm"),
+    scst: (*COMMON, "--batch_size=4", "--sft_dir=out/mllm", "--out_dir=out/scst"),
 }
+TOY_CLIP = (*TOY[vit][:-1], "--dataset=mine", "--image_size=16", "--first_size=8", "--text_layer=1", "--text_embd=16",
+            "--max_tokens=12", "--out_dir=out/clip")
 
 
 def log_rows(folder):
     """The rows of log.csv without the columns that tell the time."""
     with open(Path(folder, "log.csv"), newline="") as f:
-        timing = ("ms_per_step", "items_per_second", "share_of_peak", "minutes")
+        timing = ("ms_per_step", "items_per_second", "share_of_peak", "minutes", "reward_share")
         return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(f)]
 
 
-def check_stage(stage, best):
+def check_stage(stage, best, args=None):
     """A run; the same killed before its last checkpoint and resumed; the same with fewer evaluations: bit for bit."""
-    args, folder = TOY[stage], TOY[stage][-1 if stage is not scst else -2].split("=")[1]
+    args = args or TOY[stage]
+    folder = args[-1].removeprefix("--out_dir=")
     printed = run(stage, *args)
     assert "step 6/6" in printed and Path(folder, best).exists() and list(Path(folder).glob("*.png"))
     rows, weights = log_rows(folder), config.load(f"{folder}/last.pt", "")["model"]
@@ -1208,6 +1423,10 @@ def patched(module, name, value):
         setattr(module, name, before)
 
 
+def moved_little(a, b):
+    return (a - b).abs().max() < 0.1 and a.shape == b.shape
+
+
 def test_gpt_runs_resumes_and_writes():
     with in_new_folder():
         make_toy_data()
@@ -1238,13 +1457,40 @@ def test_vit_runs_resumes_and_classifies():
     with in_new_folder():
         make_toy_data()
         check_stage(vit, "best.pt")
-        assert Path("out/vit/confusion.png").exists() and "test accuracy" in run(vit, *TOY[vit], "--init_from=resume")
+        assert Path("out/vit/confusion.png").exists() and "accuracy" in run(vit, *TOY[vit], "--init_from=resume")
         assert "accuracy" in run(vit, *TOY[vit], "--eval_only=True", "--eval_split=test")
         Image.new("RGB", (50, 40), (1, 2, 3)).save("photo.png")
         Image.new("L", (9, 9)).save("grey.png")
         said = run(vit, *TOY[vit], "--image=.")
         assert said.count("%") == 10 and "photo.png" in said and Path("out/vit/classified.png").exists()
         check_bad_images(vit)
+        check_stage(vit, "best.pt", TOY_CLIP)
+        printed = run(vit, *TOY_CLIP, "--vit_ckpt=out/vit/best.pt", "--out_dir=out/continued")
+        assert "ViT of out/vit/best.pt" in printed and "by a model whose ViT started from out/vit" in printed
+        last = log_rows("out/continued")[-1]
+        assert last["test_zero_shot"] and float(last["test_text10"]) == 100  # ten nearest of few photos' captions
+        assert "val_recall" in run(vit, *TOY_CLIP, "--eval_only=True")
+        said = run(vit, *TOY_CLIP, "--image=photo.png", "--texts=a picture, said b, said a")
+        assert said.count("%") == 3 and "said a " in said
+
+
+def test_recall_counts_own_captions_among_the_nearest():
+    with in_new_folder(), patched(vit, "dataset", "mine"), patched(vit, "image_size", 16):
+        make_toy_data()
+        task = vit.Contrast(torch.device("cpu"), contextlib.nullcontext())
+        n = len(task.splits["val"])  # 4 photos of two captions each
+        apart = F.normalize(torch.eye(n) + 0.3, dim=1)
+        model = types.SimpleNamespace(loss=lambda images, texts: torch.tensor(0.0))
+        read = apart.repeat_interleave(2, dim=0)
+        with patched(vit, "embed", lambda *_: (apart, read)):
+            scores, _ = task.evaluate(model, "val")
+        assert scores["_text1"] == scores["_photo1"] == 100
+        with patched(vit, "embed", lambda *_: (apart, read.roll(2, dims=0))):  # all captions are the next photo's
+            scores, _ = task.evaluate(model, "val")
+        assert scores["_text1"] == scores["_photo1"] == 0
+        half = torch.stack([read[i] if i % 2 else read[(i + 2) % (2 * n)] for i in range(2 * n)])  # every second one
+        with patched(vit, "embed", lambda *_: (apart, half)):
+            assert task.evaluate(model, "val")[0]["_photo1"] == 50
 
 
 def test_the_recipes_for_a_gpu_start():
@@ -1254,6 +1500,10 @@ def test_the_recipes_for_a_gpu_start():
         few = (*COMMON, "--max_steps=2", "--batch_size=4")
         assert "10,6" in run(gpt, str(recipes / "shakespeare.py"), *few, "--max_new_tokens=2")  # million parameters
         assert "step 2/2" in run(vit, str(recipes / "cifar.py"), *few, "--n_val=8")
+        run(gpt, *TOY[gpt], "--dataset=mine", "--out_dir=out/words")
+        small = ("--dataset=mine", "--image_size=16", "--vit_ckpt=", "--gpt_ckpt=out/words/best.pt", "--vit_layer=1")
+        assert "step 2/2" in run(mllm, str(recipes / "flickr8k.py"), *few, *small)
+        assert "step 2/2" in run(scst, str(recipes / "flickr8k_scst.py"), *few)
 
 
 def check_bad_images(stage):
@@ -1269,12 +1519,28 @@ def test_mllm_and_scst_run_resume_and_caption():
         run(gpt, *TOY[gpt])
         check_stage(mllm, "sft.pt")
         assert Path("out/mllm/align.pt").exists()
-        said = run(mllm, *TOY[mllm], "--vit_ckpt=out/vit/best.pt", "--out_dir=out/started")
-        assert "out/vit/best.pt" in said
+        run(vit, *TOY_CLIP)
+        for eye in ("vit", "clip"):
+            said = run(mllm, *TOY[mllm], f"--vit_ckpt=out/{eye}/best.pt", "--out_dir=out/started", "--max_steps=2")
+            assert f"out/{eye}/best.pt, step" in said
+            first = config.load(f"out/{eye}/best.pt", "")["model"]
+            started, prefix = config.load("out/started/last.pt", "")["model"], "vit." if eye == "clip" else ""
+            name = "encoder.blocks.0.norm1.weight"  # two steps later still near
+            assert moved_little(started[f"vit.{name}"], first[f"{prefix}{name}"])
         assert "cider" in run(mllm, *TOY[mllm], "--eval_only=True", "--eval_split=test")
         Image.new("RGB", (50, 40), (1, 2, 3)).save("photo.png")
-        assert "photo.png: " in run(mllm, *TOY[mllm], "--image=photo.png") and Path("out/mllm/captioned.png").exists()
+        said = run(mllm, *TOY[mllm], "--image=photo.png")
+        assert "photo.png: " in said and "(log p -" in said and Path("out/mllm/captioned.png").exists()
+        assert run(mllm, *TOY[mllm], "--image=photo.png", "--num_captions=3").count("photo.png: ") == 3
+        sampled = ("--num_captions=3", "--temperature=1.0", "--beams=1")
+        assert run(mllm, *TOY[mllm], "--image=photo.png", *sampled).count("photo.png: ") == 3
         check_bad_images(mllm)
+        table = run(mllm, *TOY[mllm], "--baselines=True")
+        assert all(name in table for name in ("people", "nearest", "out/mllm/sft.pt"))
+        crossed = (*TOY[mllm], "--fusion=cross", "--connector=abstractor", "--gpt_layer=2", "--cross_every=2")
+        run(mllm, *crossed, "--out_dir=out/crossed")
+        assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
+        run(scst, *TOY[scst], "--sft_dir=out/crossed", "--out_dir=out/more")
         check_stage(scst, "scst.pt")
         for more in (("--baseline=leave_one_out", "--samples=3"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
@@ -1294,6 +1560,8 @@ def test_mllm_and_scst_run_resume_and_caption():
 def test_two_processes_and_accumulation_train_as_one_process_does():
     runs = [(stage, "train", (*TOY[stage], "--max_steps=20", "--eval_interval=1", *more), limit)
             for stage in (gpt, vit, mllm) for more, limit in [((), 1e-2), (("--muon_lr=0.0",), 1e-3)]]
+    runs += [(vit, "train", (*TOY_CLIP, "--max_steps=20", "--eval_interval=1", *more), limit)
+             for more, limit in [((), 1e-2), (("--muon_lr=0.0",), 1e-3)]]
     runs.append((scst, "loss", (*TOY[scst], "--max_steps=20", "--eval_interval=1"), 1e-3))  # AdamW, always
     script = "\n".join(f"{stage.__name__}.main({[*args, f'--out_dir=out/two{i}']})"
                        for i, (stage, _, args, _) in enumerate(runs))

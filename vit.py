@@ -351,9 +351,9 @@ class Contrast:
         seen, read = embed(model, self.images[photos], texts, self.tokenizer, self.dev, self.context)
         cosines, scores = seen @ read.T, {}  # (n, m)
         for k in (1, 5, 10):
-            own = owner[cosines.topk(k, dim=1).indices] == torch.arange(len(photos))[:, None]
+            own = owner[cosines.topk(min(k, len(texts)), dim=1).indices] == torch.arange(len(photos))[:, None]
             scores[f"_text{k}"] = 100 * own.any(dim=1).float().mean().item()
-            own = cosines.topk(k, dim=0).indices == owner
+            own = cosines.topk(min(k, len(photos)), dim=0).indices == owner
             scores[f"_photo{k}"] = 100 * own.any(dim=0).float().mean().item()
         first = torch.tensor([owner.tolist().index(i) for i in range(len(photos))])  # of the captions of each photo
         losses = [model.loss(seen[some].to(self.dev), read[first[some]].to(self.dev)).item()

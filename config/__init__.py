@@ -392,7 +392,8 @@ def augment_photos(images, captions, crop, jitter, mirror):
     sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
     mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
     area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
-    sides = torch.stack((area * stretch, area / stretch)).sqrt().clamp(max=1.0)  # (2, B), shares of width and height
+    stretch = stretch.clamp(area, 1 / area)  # a part is nowhere larger than the photo
+    sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, B), shares of width and height
     middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
     gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
     if crop < 1 or mirrored.any():
@@ -456,7 +457,7 @@ def resume(out_dir, init_from, settings, train_with, start="scratch"):
         return None
     checkpoint = load(Path(out_dir) / "last.pt", train_with)
     free = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "accumulation",
-            "max_new_tokens", "temperature", "top_k", "top_p", "num_samples"}
+            "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "beams", "length_penalty", "num_captions"}
     for name, was in checkpoint["settings"].items():
         if name in settings and settings[name] != was:
             if name not in free:
