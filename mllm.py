@@ -634,10 +634,10 @@ def print_baselines(path, data, split, max_tokens, dev, context):
         longest = checkpoint["settings"]["max_tokens"]
         captions, *_ = write_captions(model, data["images"][photos], tokenizer, longest, dev, context)
         rows |= {f"{path} against the same others": (captions, four), f"{path}, all references": (captions, five)}
-    print(f"{split:<52}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
+    print(f"{split:<60}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
     for name, (captions, references) in rows.items():
         values = [cider(captions, references)[0] * 100, *(100 * score for score in bleu(captions, references))]
-        print(f"{name:<52}" + "".join(f"{value:>8.1f}" for value in values))
+        print(f"{name:<60}" + "".join(f"{value:>8.1f}" for value in values))
 
 
 def kendall_tau_c(scores, grades):

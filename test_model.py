@@ -944,7 +944,7 @@ def test_wrong_settings_end_in_one_line():
 
 
 def test_every_recipe_sets_only_what_its_stage_has():
-    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "flickr8k": "mllm"}
+    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "clip": "vit", "flickr8k": "mllm"}
     for recipe in sorted(Path(__file__).parent.glob("config/[!_]*.py")):
         stage = "scst" if "scst" in recipe.name else stages[recipe.stem.split("_")[0]]
         known = config.read_settings(Path(__file__).parent / f"{stage}.py")
@@ -1477,7 +1477,8 @@ def test_vit_runs_resumes_and_classifies():
 def test_recall_counts_own_captions_among_the_nearest():
     with in_new_folder(), patched(vit, "dataset", "mine"), patched(vit, "image_size", 16):
         make_toy_data()
-        task = vit.Contrast(torch.device("cpu"), contextlib.nullcontext())
+        with contextlib.redirect_stdout(io.StringIO()):
+            task = vit.Contrast(torch.device("cpu"), contextlib.nullcontext())
         n = len(task.splits["val"])  # 4 photos of two captions each
         apart = F.normalize(torch.eye(n) + 0.3, dim=1)
         model = types.SimpleNamespace(loss=lambda images, texts: torch.tensor(0.0))
@@ -1616,7 +1617,7 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "eval_interval=0: at least 1", run, gpt, *TOY[gpt], "--eval_interval=0")
         raises(SystemExit, "windows of block_size=9999", run, gpt, *TOY[gpt], "--block_size=9999")
         raises(SystemExit, "not a multiple of patch_size", run, vit, *TOY[vit], "--image_size=60")
-        raises(SystemExit, "image_size=25 is not a multiple of 8", run, mllm, *TOY[mllm], "--image_size=25")
+        raises(SystemExit, "image_size=25 is not a multiple of patch_size=8", run, mllm, *TOY[mllm], "--image_size=25")
         raises(SystemExit, "align_share=1.0", run, mllm, *TOY[mllm], "--align_share=1.0")
         raises(SystemExit, "dtype=float64", run, gpt, *TOY[gpt], "--dtype=float64")
         raises(SystemExit, "train one first", run, gpt, *TOY[gpt], "--init_from=resume")

@@ -412,8 +412,10 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python vit.py (with the same config)"
     context = config.autocast(dev, dtype)
+    if image or eval_only:
+        checkpoint = config.load(out / "best.pt", train_with, dev, has=("n_classes", "max_tokens"))
     if image:
-        classify(config.load(out / "best.pt", train_with, dev, has=("n_classes", "max_tokens")), image, out, dev, context)
+        classify(checkpoint, image, out, dev, context)
         return
 
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, n_val=n_val, n_layer=n_layer)
@@ -423,7 +425,6 @@ def main(argv=None):
         config.fail(f"first_size={first_size}: a multiple of patch_size={patch_size}, up to image_size={image_size}")
     task = (Classification if dataset == "cifar10" else Contrast)(dev, context)
     if eval_only:
-        checkpoint = config.load(out / "best.pt", train_with, dev, has=("n_classes", "max_tokens"))
         model = task.load(checkpoint).to(dev)
         if eval_split not in ("train", "val", "test"):
             config.fail(f"eval_split={eval_split}: train, val, test")
