@@ -70,6 +70,7 @@ label_smoothing = 0.0  # share of the target that is spread over all words
 # optimization
 align_share = 0.0  # of the run is for the phase align; 0 where ViT and GPT start from nothing: nothing to align
 train_vit = True  # the phase sft trains the ViT too
+keep_features = False  # where the ViT is frozen it sees each training photo once, uncropped, and its features are kept
 max_steps = 0  # 0: max_minutes alone decides
 max_minutes = 2.0  # 0: max_steps alone decides; else whichever comes first
 muon_lr = 0.02  # peak rate of the weight matrices of linear layers; 0: AdamW for all
@@ -515,6 +516,17 @@ def start_phase(model, phase):
     return config.optimizers(model, muon_lr, adam_lr, weight_decay)
 
 
+@torch.no_grad()
+def vit_features(model, images, dev, context, batch_size=250):
+    """(n, 3, H, W) images -> (n, N, C) features of the ViT, which a frozen one need not compute again"""
+    features = []
+    for batch in images.split(batch_size):
+        with context:
+            features.append(model.vit.features(batch.to(dev)))
+        config.show_progress(f"features of {sum(map(len, features))}/{len(images)} photos")
+    return torch.cat(features)
+
+
 def step_flops(model, data, dev):
     """FLOPs that a training step spends on a caption, the mean over a few photos."""
     photos = data["splits"]["train"][:8]
@@ -722,7 +734,7 @@ def main(argv=None):
     if resumed:
         start, best = resumed["step"], resumed["best"]
         phase, phase_start, phase_from = resumed["phase"]
-    optimizers = start_phase(model, phase)
+    optimizers, kept = start_phase(model, phase), None  # kept: the features of the training photos
     if resumed:
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
@@ -771,21 +783,26 @@ def main(argv=None):
         if progress == 1:
             break
         if switch:
-            phase, phase_start, phase_from = "sft", step, progress
+            phase, phase_start, phase_from, kept = "sft", step, progress, None
             optimizers, log.flops = start_phase(model, phase), step_flops(model, data, dev)
         phase_end = align_share if phase == "align" else 1.0
         factor = lr_factor(step - phase_start, (progress - phase_from) / (phase_end - phase_from))
 
+        if keep_features and kept is None and (phase == "align" or not train_vit):
+            kept = vit_features(model, data["images"][splits["train"]], dev, context)
+
         epoch, position = divmod(step, steps_per_epoch)
         order = torch.randperm(len(splits["train"]), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         torch.manual_seed(seed * 1_000_003 + step)  # captions, augmentation and dropout depend on the step alone
-        photos = [splits["train"][i] for i in order[position * per_step:(position + 1) * per_step]]
+        chosen = order[position * per_step:(position + 1) * per_step]
+        photos = [splits["train"][i] for i in chosen]
         images, inputs, targets = get_batch(data, photos, n_placeholders)  # of all processes; each computes its parts
         loss = 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):
             rows = slice(part.start * captions_per_photo, part.stop * captions_per_photo)
             with context:
-                tokens = model.encode(images[part].to(dev)).repeat_interleave(captions_per_photo, dim=0)
+                tokens = model.encode(images[part].to(dev)) if kept is None else model.connector(kept[chosen[part]])
+                tokens = tokens.repeat_interleave(captions_per_photo, dim=0)  # (b * captions_per_photo, N, C)
                 _, mean = run_model(tokens, inputs[rows].to(dev), targets[rows].to(dev), label_smoothing)
             share = mean * ((targets[rows] >= 0).sum() / (targets >= 0).sum()).item()  # of the loss of the batch
             share.backward()

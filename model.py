@@ -1064,6 +1064,16 @@ class MLLM(nn.Module):
         """(..., C) -> (..., vocab_size); a placeholder is not a word: its logit is minus infinity."""
         return F.linear(x, self.gpt.head.weight, self.never)
 
+    def _score(self, x, targets):
+        """What (B, T, C) says of (B, T) targets where those are not -1: n, how many they are; (m, vocab_size) logits of
+        the n and then of some others, since a matrix product of a new size is slow on CPUs; (m,) targets, those of the
+        others -1; (m,) where each stands in the flattened targets."""
+        where = (targets.flatten() >= 0).nonzero().squeeze(1)
+        n = len(where)
+        where = F.pad(where, (0, -n % 256))
+        targets = targets.flatten()[where].index_fill(0, torch.arange(n, len(where), device=x.device), -1)
+        return n, self.logits(x.flatten(0, 1)[where]).float(), targets, where
+
     def forward(self, images, ids, targets=None, label_smoothing=0.0):
         """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the (n,
         vocab_size) logits of the n positions that have one, row by row, and the loss: the rest needs no output layer.
@@ -1071,25 +1081,22 @@ class MLLM(nn.Module):
         x = self.hidden(images, ids)
         if targets is None:
             return self.logits(x), None
-        x, targets = x.flatten(0, 1), targets.flatten()
-        wanted = (targets >= 0).nonzero().squeeze(1)
-        n = len(wanted)
-        wanted = F.pad(wanted, (0, -n % 256))  # a matrix product of a new size is slow on CPUs: few sizes occur
-        targets = targets[wanted].index_fill(0, torch.arange(n, len(wanted), device=x.device), -1)
-        logits = self.logits(x[wanted]).float()
+        n, logits, targets, _ = self._score(x, targets)
         loss = F.cross_entropy(logits, targets, ignore_index=-1)
         if label_smoothing:
             log_p = logits[:n].log_softmax(dim=-1).masked_fill(self.never < 0, 0.0)  # the placeholder is no target
             loss = (1 - label_smoothing) * loss - label_smoothing * log_p.sum(dim=-1).mean() / (logits.size(-1) - 1)
         return logits[:n], loss
 
-    def log_probs(self, images, ids):
-        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0 and at placeholders."""
+    def log_probs(self, images, ids, mask=None):
+        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, at placeholders, and where the (B, T)
+        mask is False."""
         x, memory = self.embed(images, ids)
-        x = self.gpt.hidden(x[:, :-1], memory=memory)  # (B, T - 1, C)
-        wanted = ids[:, 1:] != self.config.image_id  # (B, T - 1)
-        log_p = -F.cross_entropy(self.logits(x[wanted]).float(), ids[:, 1:][wanted], reduction="none")  # (n,)
-        return F.pad(torch.zeros_like(wanted, dtype=log_p.dtype).masked_scatter(wanted, log_p), (1, 0))
+        wanted = ids != self.config.image_id if mask is None else mask & (ids != self.config.image_id)
+        targets = ids.masked_fill(~wanted, -1)[:, 1:]  # (B, T - 1)
+        n, logits, some, where = self._score(self.gpt.hidden(x[:, :-1], memory=memory), targets)
+        log_p = -F.cross_entropy(logits, some, ignore_index=-1, reduction="none")[:n]
+        return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where[:n], log_p).view_as(targets), (1, 0))
 
     @torch.no_grad()
     def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None,

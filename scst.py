@@ -281,7 +281,8 @@ def main(argv=None):
             with context:
                 tokens = tokens.repeat_interleave(samples, dim=0)  # (b * K, N, C)
                 prompts = model.prompt(tokens)
-                log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1))[:, prompts.size(1):]
+                mask = torch.cat((prompts < 0, mllm.counted(sampled, tokenizer.eos_id)), dim=1)  # of what was written
+                log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1), mask)[:, prompts.size(1):]
             advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
             share = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id) / n_tokens
             share.backward()

@@ -709,6 +709,8 @@ def test_mllm_loss_and_log_probs_are_those_of_the_full_logits():
     for either in (images, tokens):
         close(model.log_probs(either, EXAMPLE), F.pad(expected, (1, 0)).masked_fill(EXAMPLE == 3, 0), 1e-4)
     close(model.log_probs(images[:1], torch.tensor([[1, 5, *IMAGE]]))[0, 1], expected[0, 0], 1e-4)  # ends with an image
+    mask = torch.rand(EXAMPLE.shape) < 0.5
+    close(model.log_probs(tokens, EXAMPLE, mask), model.log_probs(tokens, EXAMPLE) * mask, 1e-4)
 
 
 def test_mllm_greedy_generation_equals_full_passes_in_a_batch_and_alone():
@@ -1299,7 +1301,7 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
             "--n_embd=8", "--max_new_tokens=5")
         said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8",
                    "--vit_head=2", "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True",
-                   "--shift=1")
+                   "--crop=0.8")
         assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled images" in said
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
         raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine", "--out_dir=data/mine")
@@ -1542,6 +1544,11 @@ def test_mllm_and_scst_run_resume_and_caption():
         run(mllm, *crossed, "--out_dir=out/crossed")
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
         run(scst, *TOY[scst], "--sft_dir=out/crossed", "--out_dir=out/more")
+        plain = (*TOY[mllm], "--crop=1.0", "--jitter=0.0", "--mirror=False", "--dropout=0.0", "--train_vit=False")
+        run(mllm, *plain, "--out_dir=out/plain")
+        run(mllm, *plain, "--keep_features=True", "--out_dir=out/kept")
+        once, kept = ([float(row["train"]) for row in log_rows(f"out/{name}")[1:-1]] for name in ("plain", "kept"))
+        assert np.allclose(once, kept, atol=1e-5)
         check_stage(scst, "scst.pt")
         for more in (("--baseline=leave_one_out", "--samples=3"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
