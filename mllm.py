@@ -199,10 +199,11 @@ def get_batch(data, photos, n_placeholders):
         order = torch.randperm(len(captions)).tolist()  # a photo with fewer captions repeats them
         picked.append([captions[order[i % len(order)]] for i in range(captions_per_photo)])
     images = config.augment_photos(data["images"][photos], picked, crop, jitter, mirror)
-    inputs, targets = make_sequences([c for each in picked for c in each], n_placeholders, data["tokenizer"], max_tokens)
+    tokenizer, flat = data["tokenizer"], [caption for each in picked for caption in each]
+    inputs, targets = make_sequences(flat, n_placeholders, tokenizer, max_tokens)
     if word_dropout:
-        hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= data["tokenizer"].n_special)
-        inputs = inputs.masked_fill(hidden, data["tokenizer"].pad_id)
+        hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= tokenizer.n_special)
+        inputs = inputs.masked_fill(hidden, tokenizer.pad_id)
     return images, inputs, targets
 
 
@@ -257,7 +258,8 @@ def word_key(word):
 
 def mix(keys, groups):
     """One 64-bit number for each pair of a key and the number of a group."""
-    return (keys ^ (groups.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xD6E8FEB86659FD93)
+    spread = (groups.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return (keys ^ spread) * np.uint64(0xD6E8FEB86659FD93)  # odd: what differs goes on differing
 
 
 def ngrams(texts):
@@ -364,15 +366,16 @@ def cider(candidates, references, df=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation and schedule
 
-SCORES = ("cider", "beam_cider", "beam_bleu4", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length", "broken", "distinct", "all_right")
+SCORES = ("cider", "beam_cider", "beam_bleu4", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length", "broken",
+          "distinct", "all_right")
 UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are "
                  "its his her their another two".split())  # a caption that ends so was cut off
 
 
 @torch.no_grad()
 def write_captions(model, images, tokenizer, max_tokens, dev, context, batch_size=250, **decoding):
-    """Captions of images (n, 3, H, W), greedy unless decoding says otherwise (what MLLM.generate() takes): a list of n *
-    num_captions str, image by image, for each whether the model ended it, and its log-probability."""
+    """Captions of images (n, 3, H, W), greedy unless decoding says otherwise (what MLLM.generate() takes): a list of n
+    * num_captions str, image by image, for each whether the model ended it, and its log-probability."""
     captions, ended, log_probs = [], [], []
     for batch in images.split(batch_size):
         with context:
@@ -448,7 +451,7 @@ def evaluate(model, data, split, max_tokens, dev, context, **decoding):
 
 
 def evaluate_twice(model, data, split, max_tokens, dev, context, beams, length_penalty):
-    """(scores, captions) of evaluate(), greedy, with the scores beam_cider and beam_bleu4 of a beam search among them."""
+    """(scores, captions) of evaluate(), greedy; among the scores beam_cider and beam_bleu4, those of a beam search."""
     scores, captions = evaluate(model, data, split, max_tokens, dev, context)
     if beams > 1:
         by_beams, _ = evaluate(model, data, split, max_tokens, dev, context, beams=beams, length_penalty=length_penalty)
@@ -556,7 +559,8 @@ def words_and_places(model, tokenizer, pixels, caption, max_tokens):
     the image. pixels: (1, 3, H, W)."""
     prompt = model.prompt(model.encode(pixels))
     ids = torch.tensor(tokenizer.encode(caption)[:max_tokens], dtype=torch.long, device=prompt.device)
-    seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]  # (T, n)
+    seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))
+    seen = seen[0, prompt.size(1) - 1:]  # (T, n)
     words, places = [], []
     for token, place in zip(ids.tolist(), seen):
         text = tokenizer.decode([token])
@@ -589,8 +593,8 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     for i, line in enumerate(lines):
         print(f"{photos[i // each][0]}: {line}")
     pictures = [config.to_pixels(photo, 256) for _, photo in photos]
-    config.save_grid(out / "captioned.png", pictures, ["\n".join(lines[i:i + each]) for i in range(0, len(lines), each)],
-                     min(4, len(photos)))
+    titles = ["\n".join(lines[i:i + each]) for i in range(0, len(lines), each)]
+    config.save_grid(out / "captioned.png", pictures, titles, min(4, len(photos)))
     for i, picture in enumerate(pictures[:4]):
         if captions[i * each]:
             words, places = words_and_places(model, tokenizer, inputs[i:i + 1].to(dev), captions[i * each], longest)
@@ -602,8 +606,8 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
 
 
 def describe_pixels(images, side=8, cells=4, directions=8):
-    """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of cells
-    x cells parts, how much contrast runs in each direction), which weigh alike."""
+    """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of
+    cells x cells parts, how much contrast runs in each direction), which weigh alike."""
     x = images.float()
     colours = torch.nn.functional.adaptive_avg_pool2d(x, side).flatten(1)
     grey = x.mean(dim=1)
@@ -653,8 +657,8 @@ def print_baselines(path, data, split, max_tokens, dev, context):
 
 
 def kendall_tau_c(scores, grades):
-    """Kendall's rank correlation tau-c (Stuart 1953) of (n,) scores and (n,) grades of few different values: 2 m (pairs in
-    the same order less pairs in the other) / (n^2 (m - 1)), m the smaller number of different values."""
+    """Kendall's rank correlation tau-c (Stuart 1953) of (n,) scores and (n,) grades of few different values: 2 m (pairs
+    in the same order less pairs in the other) / (n^2 (m - 1)), m the smaller number of different values."""
     order, levels = 0, np.unique(grades)
     for level in levels:
         lower, same = np.sort(scores[grades < level]), scores[grades == level]
@@ -687,8 +691,9 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python mllm.py (with the same config)"
     context = config.autocast(dev, dtype)
-    config.at_least(1, beams=beams, num_captions=num_captions, eval_interval=eval_interval, batch_size=batch_size, captions_per_photo=captions_per_photo,
-                    vit_layer=vit_layer, gpt_layer=gpt_layer, max_tokens=max_tokens)
+    config.at_least(1, beams=beams, num_captions=num_captions, eval_interval=eval_interval, batch_size=batch_size,
+                    captions_per_photo=captions_per_photo, vit_layer=vit_layer, gpt_layer=gpt_layer,
+                    max_tokens=max_tokens)
     if not 0 <= align_share < 1:
         config.fail(f"align_share={align_share}: at least 0 and below 1, since the run ends with the phase sft")
     if image:

@@ -344,8 +344,8 @@ def make_norm(kind, n_embd):
 class Dropout(nn.Module):
     """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
 
-    p is rounded to 256ths: a byte an element is drawn, eight bytes at a time, since on CPUs drawing random numbers takes
-    longer than most layers. part: (i, n) where x is the i-th of n equal parts of a larger batch, whose others are
+    p is rounded to 256ths: a byte is drawn for each element, eight bytes at a time, since on CPUs drawing random
+    numbers takes longer than most layers. part: (i, n) where x is the i-th of n equal parts of a larger batch, whose others are
     computed later or by other processes. What is dropped is drawn for the larger batch, so that the parts together lose
     what it would lose.
     """
@@ -516,7 +516,7 @@ class TransformerDecoder(nn.Module):
     def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
         super().__init__()
         has_cross = [cross_every > 0 and (i + 1) % cross_every == 0 for i in range(n_layer)]
-        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, cross=cross, **block) for cross in has_cross)
+        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, cross=has, **block) for has in has_cross)
         self.norm = make_norm(norm, n_embd)
 
     def new_caches(self, max_len, memory_len=0):
@@ -875,8 +875,8 @@ class GPT(nn.Module):
                 lengths = length + ~ended
                 scores, best = (candidates / (lengths[:, :, None] ** length_penalty)).flatten(1).topk(beams)
                 beam, token = best // log_p.size(2), best % log_p.size(2)  # (B, beams)
-                total, length, ended = candidates.flatten(1).gather(1, best), lengths.gather(1, beam), ended.gather(1, beam)
-                ended = ended | (token == eos_id)
+                total, length = candidates.flatten(1).gather(1, best), lengths.gather(1, beam)
+                ended = ended.gather(1, beam) | (token == eos_id)
                 tokens = torch.cat((tokens.gather(1, beam[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2)
                 select_rows(caches, (first + beam).flatten())
                 x = self.embedding(token.view(-1, 1))
@@ -1040,8 +1040,8 @@ class MLLM(nn.Module):
         (B, _, C), (M, N, _) = x.shape, tokens.shape
         if self.config.gpt.cross_every:
             if mask.any() or M % B:
-                raise ValueError(f"{M} images for {B} rows and {mask.sum()} placeholders: with cross-attention each row "
-                                 f"has as many images as the others, and no placeholder")
+                raise ValueError(f"{M} images for {B} rows and {mask.sum()} placeholders: with cross-attention each "
+                                 f"row has as many images as the others, and no placeholder")
             return x, tokens.to(x.dtype).reshape(B, M // B * N, C) if M else None
         if mask.sum() != M * N:
             raise ValueError(f"{mask.sum()} placeholders for {M} images of {N} tokens each")
@@ -1089,8 +1089,8 @@ class MLLM(nn.Module):
         return logits[:n], loss
 
     def log_probs(self, images, ids, mask=None):
-        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, at placeholders, and where the (B, T)
-        mask is False."""
+        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, at placeholders, and where the (B,
+        T) mask is False."""
         x, memory = self.embed(images, ids)
         wanted = ids != self.config.image_id if mask is None else mask & (ids != self.config.image_id)
         targets = ids.masked_fill(~wanted, -1)[:, 1:]  # (B, T - 1)
@@ -1117,12 +1117,12 @@ class MLLM(nn.Module):
             room = c.gpt.block_size - ids.size(1) + 1  # the last token is not read again
             if room < 1:
                 raise ValueError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
-            x, memory = self.embed(tokens, ids)
+            n, (x, memory) = min(max_new_tokens, room), self.embed(tokens, ids)
             how = dict(prompt=x, memory=memory, never=c.image_id)
             if beams > 1 and not temperature:
-                written, _ = self.gpt.beam_search(ids, min(max_new_tokens, room), beams, c.eos_id, length_penalty, **how)
+                written, _ = self.gpt.beam_search(ids, n, beams, c.eos_id, length_penalty, **how)
                 return written[:, :num_captions].flatten(0, 1)
-            new = list(self.gpt.stream(ids, min(max_new_tokens, room), temperature, top_k, top_p, c.eos_id, generator,
+            new = list(self.gpt.stream(ids, n, temperature, top_k, top_p, c.eos_id, generator,
                                        num_samples=num_captions, **how))
         finally:
             self.train(was_training)
@@ -1131,8 +1131,8 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def attention_to_images(self, images, ids):
         """How much the model looks at each part of an image when it writes the token after each of ids (B, T); images:
-        (B, 3, H, W), one a row. (B, T, n), the mean over layers and heads, of sum 1; n is the number of image tokens, row
-        by row of the grid that they form, or of patches where an abstractor's tokens have no place of their own."""
+        (B, 3, H, W), one a row. (B, T, n), the mean over layers and heads, of sum 1; n is the number of image tokens,
+        row by row of the grid that they form, or of patches where an abstractor's tokens have no place of their own."""
         blocks, mask = self.gpt.decoder.blocks, ids == self.config.image_id
         watched = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
         watched = [attn for attn in watched if attn is not None]

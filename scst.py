@@ -71,7 +71,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")  # of the table before / after
+TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")  # before and after
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,8 @@ def main(argv=None):
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of mllm.py
     splits, tokenizer, max_tokens = data["splits"], data["tokenizer"], sft["max_tokens"]
     evaluate = lambda split: mllm.evaluate(model, data, split, max_tokens, dev, context)
-    evaluate_twice = lambda split: mllm.evaluate_twice(model, data, split, max_tokens, dev, context, beams, length_penalty)
+    evaluate_twice = lambda split: mllm.evaluate_twice(model, data, split, max_tokens, dev, context, beams,
+                                                       length_penalty)
     if eval_only:
         if eval_split not in splits:
             config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
@@ -256,15 +257,15 @@ def main(argv=None):
         torch.manual_seed(seed * 1_000_003 + step)  # augmentation and samples hang on the step alone: resuming is exact
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
-        images = config.augment_photos(data["images"][photos], said, sft["crop"], sft["jitter"], sft["mirror"])  # as then
+        images = config.augment_photos(data["images"][photos], said, sft["crop"], sft["jitter"], sft["mirror"])
         drafts, began, in_reward = [], time.perf_counter(), 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):  # write captions, see what they are worth
             with context:
                 tokens = model.encode(images[part].to(dev))  # (b, N, C), read once for all K samples
-                sampled = model.generate(tokens.detach(), max_new_tokens=max_tokens, temperature=1.0, num_captions=samples)
-                greedy = None
+                write = lambda **how: model.generate(tokens.detach(), max_new_tokens=max_tokens, **how)
+                sampled, greedy = write(temperature=1.0, num_captions=samples), None
                 if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
-                    greedy = model.generate(tokens.detach(), max_new_tokens=max_tokens)
+                    greedy = write()
             in_reward -= time.perf_counter()
             captions = to_words(sampled, tokenizer)
             rewards = reward(captions, [i for i in rows[part] for _ in range(samples)]).view(-1, samples)  # (b, K)

@@ -49,7 +49,7 @@ crop = 0.5  # CLIP: smallest share of its area that is seen of a training photo
 jitter = 0.3  # CLIP: brightness, contrast and saturation of a training photo change by up to this factor
 max_tokens = 32  # CLIP: longest caption
 # model
-vit_ckpt = ""  # checkpoint of this stage to start from, such as a classifier that CLIP goes on with; empty: from nothing
+vit_ckpt = ""  # CLIP: checkpoint of a classifier whose ViT it starts from; empty: from nothing
 patch_size = 8  # of the doubled pixels: 8x8 tokens an image
 n_layer = 6  # blocks
 n_head = 6  # attention heads a block
@@ -152,8 +152,8 @@ class Classification:
     def new_model(self):
         pixels = self.images.float()
         mean, std = pixels.mean(dim=(0, 2, 3)).tolist(), pixels.std(dim=(0, 2, 3)).tolist()
-        return ViT(ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(self.classes), dropout, activation, norm,
-                             stem, label_smoothing, tuple(mean), tuple(std)))
+        return ViT(ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(self.classes), dropout, activation,
+                             norm, stem, label_smoothing, tuple(mean), tuple(std)))
 
     def load(self, checkpoint):
         model = ViT(ViTConfig(**checkpoint["config"]))
@@ -295,9 +295,10 @@ class Contrast:
         if vit_ckpt:
             checkpoint = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has=("n_classes",))
             eye = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=text_embd, dropout=dropout)
-        model = CLIP(CLIPConfig(eye, self.tokenizer.vocab_size, max_tokens, text_layer, n_embd=text_embd, dropout=dropout))
+        model = CLIP(CLIPConfig(eye, self.tokenizer.vocab_size, max_tokens, text_layer, n_embd=text_embd,
+                                dropout=dropout))
         if vit_ckpt:
-            head = {f"head.{name}": w for name, w in model.vit.head.state_dict().items()}  # new: the old one told classes
+            head = {f"head.{name}": w for name, w in model.vit.head.state_dict().items()}  # the old one told classes
             model.vit.load_state_dict(checkpoint["model"] | head)
             print(f"ViT of {vit_ckpt}, step {checkpoint['step']}")
         return model
@@ -334,17 +335,17 @@ class Contrast:
             everyone = torch.cat(config.gather(torch.cat(mine, dim=1)), dim=1)  # (2, B, d)
         for part in config.parts(model, batch_size, accumulation, seed, step):
             own = embed_part(part)
-            images, texts = own if n_parts == 1 else torch.cat((everyone[:, :part.start], own, everyone[:, part.stop:]), 1)
-            whole = model.loss(images, texts)  # of the batch, but with the gradient of this part's embeddings alone
+            whole = torch.cat((everyone[:, :part.start], own, everyone[:, part.stop:]), dim=1) if n_parts > 1 else own
+            whole = model.loss(*whole)  # of the batch, but with the gradient of this part's embeddings alone
             whole.backward()
             loss += whole.detach() / n_parts
         model.log_scale.grad /= n_parts  # each part gave all of it
         return loss
 
     def evaluate(self, model, split):
-        """{"": loss, "_recall": ..., "_text1": ...} of a split, in per cent, and nothing more. _text5: for how many photos
-        one of the five captions nearest to it is its own; _photo5: for how many captions their photo is among the five
-        nearest."""
+        """{"": loss, "_recall": ..., "_text1": ...} of a split, in per cent; and None. _text5: for how many photos one
+        of the five captions nearest to it is its own; _photo5: for how many captions their photo is among the five
+        nearest. _recall: the mean of _text10 and _photo10."""
         photos = self.splits[split]
         owner = torch.tensor([i for i, p in enumerate(photos) for _ in self.captions[p]])  # of each caption
         texts = [text for p in photos for text in self.captions[p]]
@@ -361,8 +362,8 @@ class Contrast:
         return {"": float(np.mean(losses)), "_recall": (scores["_text10"] + scores["_photo10"]) / 2} | scores, None
 
     def report(self, _, out):
-        chance = 10 / len(self.splits["test"])
-        print(f"text10, photo10: recall at 10 of a photo's captions and of a caption's photo; chance is {100 * chance:.1f}%")
+        print(f"text10, photo10: recall at 10 of a photo's captions and of a caption's photo; chance is "
+              f"{1000 / len(self.splits['test']):.1f}%")
 
     def finish(self, model, out):
         """Zero-shot CIFAR-10, for a model that has never seen its labels."""
