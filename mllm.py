@@ -84,7 +84,7 @@ eval_interval = 200  # steps between lines of the log, each with validation loss
 # decoding: at the end of a run, with eval_only (both beside greedy) and image
 beams = 5  # width of the beam search; 1: greedy
 length_penalty = 1.0  # beams are compared by log p / length ** length_penalty
-temperature = 0.0  # for image: above 0, sample at this temperature instead
+temperature = 0.0  # above 0: sample at this temperature, for image instead, with eval_only as well
 num_captions = 1  # for image: captions of each
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,12 +450,16 @@ def evaluate(model, data, split, max_tokens, dev, context, **decoding):
     return scores, captions
 
 
-def evaluate_twice(model, data, split, max_tokens, dev, context, beams, length_penalty):
-    """(scores, captions) of evaluate(), greedy; among the scores beam_cider and beam_bleu4, those of a beam search."""
+def evaluate_each_way(model, data, split, max_tokens, dev, context, beams, length_penalty, temperature=0.0):
+    """(scores, captions) of evaluate(), greedy; among the scores beam_cider and beam_bleu4, those of a beam search, and
+    sampled_cider where a temperature is given."""
     scores, captions = evaluate(model, data, split, max_tokens, dev, context)
     if beams > 1:
         by_beams, _ = evaluate(model, data, split, max_tokens, dev, context, beams=beams, length_penalty=length_penalty)
         scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
+    if temperature:
+        how = dict(temperature=temperature, generator=torch.Generator(dev).manual_seed(0))
+        scores["sampled_cider"] = evaluate(model, data, split, max_tokens, dev, context, **how)[0]["cider"]
     return scores, captions
 
 
@@ -709,7 +713,7 @@ def main(argv=None):
         if eval_split not in data["splits"]:
             config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
         longest = checkpoint["settings"]["max_tokens"]
-        scores, _ = evaluate_twice(model, data, eval_split, longest, dev, context, beams, length_penalty)
+        scores, _ = evaluate_each_way(model, data, eval_split, longest, dev, context, beams, length_penalty, temperature)
         print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
               + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return
@@ -830,7 +834,7 @@ def main(argv=None):
         config.fail("the run was over before the phase sft began; give it more steps or minutes")
     model.load_state_dict(config.load(out / "sft.pt", train_with, dev)["model"])
     with clock.paused():
-        scores, _ = evaluate_twice(model, data, "test", max_tokens, dev, context, beams, length_penalty)
+        scores, _ = evaluate_each_way(model, data, "test", max_tokens, dev, context, beams, length_penalty)
     log.write(step, {}, file_only={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
     print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "

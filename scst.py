@@ -49,7 +49,7 @@ seed = 1337  # of everything random: weights, batches, dropout, samples
 # decoding: at the end of a run, with eval_only (both beside greedy) and image
 beams = 5  # width of the beam search; 1: greedy
 length_penalty = 1.0  # beams are compared by log p / length ** length_penalty
-temperature = 0.0  # for image: above 0, sample at this temperature instead
+temperature = 0.0  # above 0: sample at this temperature, for image instead, with eval_only as well
 num_captions = 1  # for image: captions of each
 # reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1)
 cider_weight = 1.0  # CIDEr-D alone, as in the paper
@@ -192,13 +192,13 @@ def main(argv=None):
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of mllm.py
     splits, tokenizer, max_tokens = data["splits"], data["tokenizer"], sft["max_tokens"]
     evaluate = lambda split: mllm.evaluate(model, data, split, max_tokens, dev, context)
-    evaluate_twice = lambda split: mllm.evaluate_twice(model, data, split, max_tokens, dev, context, beams,
-                                                       length_penalty)
+    evaluate_each_way = lambda split, temperature=0.0: mllm.evaluate_each_way(
+        model, data, split, max_tokens, dev, context, beams, length_penalty, temperature)
     if eval_only:
         if eval_split not in splits:
             config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
         print(f"{start_from}, step {checkpoint['step']}, {eval_split}: "
-              + " | ".join(f"{name} {value:.2f}" for name, value in evaluate_twice(eval_split)[0].items()))
+              + " | ".join(f"{name} {value:.2f}" for name, value in evaluate_each_way(eval_split, temperature)[0].items()))
         return
 
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
@@ -307,7 +307,7 @@ def main(argv=None):
         model.load_state_dict(weights)
         for split in ("val", "test"):
             with clock.paused():
-                scores, captions = evaluate_twice(split)
+                scores, captions = evaluate_each_way(split)
             table.append((when, split, scores))
         pictures.append(captions[:len(shown)])  # of the test split
     log.write(step, {}, file_only={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
