@@ -7,9 +7,9 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
 
 Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 28 from config/flickr8k_cpu.py: 24
 minutes on two CPU cores with AVX512-BF16 (one seed; the second figure is of an older commit, see README).
-Two phases in one run: `align` trains the connector alone, between a ViT and a GPT that are frozen as stages 1 and 2
-left them; `sft` then trains them together on the captions. Settings are overridden from the left to the right by config
-files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt,
+Two phases in one run: `align` trains what is new, the connector and any cross-attention, between a ViT and a GPT that
+are frozen as stages 1 and 2 left them; `sft` then trains them together on the captions. Settings are overridden from
+the left to the right by config files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png and the checkpoints align.pt,
 sft.pt (the best on validation, by CIDEr or, of drawn images, by captions all right; for scst.py) and last.pt.
 """
 
@@ -31,7 +31,7 @@ from model import CONNECTORS, MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConf
 out_dir = "out/shapes"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": go on from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
-eval_split = "val"  # what eval_only evaluates: val or test
+eval_split = "val"  # what eval_only and baselines evaluate: val or test
 image = ""  # caption this file, folder or URL and stop
 judgements = ""  # Flickr8k_text.zip: print how CIDEr and BLEU agree with its human judgements and stop
 baselines = False  # print what people, the nearest photos' captions and out_dir/sft.pt score on eval_split and stop
@@ -46,7 +46,7 @@ image_size = 48  # pixels a side that the model sees
 crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where a caption says what lies where
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
 mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
-word_dropout = 0.0  # share of the words that the GPT is not shown while it learns to write the ones after them
+word_dropout = 0.0  # share of the tokens that the GPT is not shown while it learns to write the ones after them
 batch_size = 64  # photos a step, over all processes and parts
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
 captions_per_photo = 1  # captions a photo in a step: its image tokens are computed once
@@ -66,11 +66,11 @@ gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
 dropout = 0.0  # in the ViT and the GPT
-label_smoothing = 0.0  # share of the target that is spread over all words
+label_smoothing = 0.0  # share of the target that is spread over all words; the log's train holds it, its val does not
 # optimization
 align_share = 0.0  # of the run is for the phase align; 0 where ViT and GPT start from nothing: nothing to align
 train_vit = True  # the phase sft trains the ViT too
-keep_features = False  # where the ViT is frozen it sees each training photo once, uncropped, and its features are kept
+keep_features = False  # while the ViT is frozen: it sees each training photo once, as it is, and its features are kept
 max_steps = 0  # 0: max_minutes alone decides
 max_minutes = 2.0  # 0: max_steps alone decides; else whichever comes first
 muon_lr = 0.02  # peak rate of the weight matrices of linear layers; 0: AdamW for all
@@ -163,16 +163,9 @@ def load_captioned(dataset, image_size, n_drawn):
         tokenizer = BPETokenizer.train((c for i in splits["train"] for c in captions[i]), 400)
         names = [f"drawn image {i}" for i in order]
     else:
-        prepare = "python prepare_flickr8k.py"
-        if dataset != "flickr8k":
-            prepare += f" --source=DIR --out_dir=data/{dataset}"
-        images = np.array(config.load_data(f"data/{dataset}/images.npy", prepare))
-        if images.shape[-1] != image_size:
-            config.fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
-                        f"run {prepare} --size={image_size}")
-        table = config.load_data(f"data/{dataset}/captions.json", prepare)
+        images, table, state = config.load_captioned(dataset, image_size)
+        images, tokenizer = np.array(images), tokenizer_from_state(state)
         names, captions, splits = table["names"], table["captions"], table["splits"]
-        tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", prepare))
     return {"images": torch.from_numpy(images), "names": names, "captions": captions, "drawn": dataset == "shapes",
             "splits": {split: list(indices) for split, indices in splits.items()}, "tokenizer": tokenizer}
 
@@ -192,19 +185,18 @@ def make_sequences(captions, n_placeholders, tokenizer, max_tokens):
     return inputs, targets
 
 
-def get_batch(data, photos, n_placeholders):
+def get_batch(data, photos, n_placeholders, dev):
     """images (B, 3, H, W), and inputs, targets (B * captions_per_photo, T): random captions of each, photo by photo."""
-    picked = []
+    tokenizer, picked = data["tokenizer"], []
     for captions in (data["captions"][p] for p in photos):
         order = torch.randperm(len(captions)).tolist()  # a photo with fewer captions repeats them
         picked.append([captions[order[i % len(order)]] for i in range(captions_per_photo)])
-    images = config.augment_photos(data["images"][photos], picked, crop, jitter, mirror)
-    tokenizer, flat = data["tokenizer"], [caption for each in picked for caption in each]
-    inputs, targets = make_sequences(flat, n_placeholders, tokenizer, max_tokens)
+    inputs, targets = make_sequences([c for each in picked for c in each], n_placeholders, tokenizer, max_tokens)
     if word_dropout:
         hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= tokenizer.n_special)
         inputs = inputs.masked_fill(hidden, tokenizer.pad_id)
-    return images, inputs, targets
+    images = config.augment_photos(data["images"][photos].to(dev), picked, crop, jitter, mirror)
+    return images, inputs.to(dev), targets.to(dev)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,8 +219,8 @@ def count_ngrams(words, n):
 def bleu(candidates, references, tiny=0.0):
     """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
 
-    candidates: list of str; references: a list of str for each candidate. tiny: is added to the number of matches, for
-    single sentences, most of which have no four words in common; the COCO evaluation adds 1e-15.
+    candidates: list of str; references: a list of str for each candidate. tiny: is added to the number of matches and a
+    million times as much to their totals, for single sentences, most of which match no four words; COCO's has 1e-15.
     """
     matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for candidate, refs in zip(candidates, references, strict=True):
@@ -256,7 +248,7 @@ def word_key(word):
     return WORD_KEYS[word]
 
 
-def mix(keys, groups):
+def hash_pair(keys, groups):
     """One 64-bit number for each pair of a key and the number of a group."""
     spread = (groups.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return (keys ^ spread) * np.uint64(0xD6E8FEB86659FD93)  # odd: what differs goes on differing
@@ -274,7 +266,7 @@ def ngrams(texts):
         inside = owner[order:] == owner[:len(keys)]  # an n-gram ends in the text that it begins in
         parts.append((owner[order:][inside], np.full(inside.sum(), order), keys[inside]))
     text, order, key = (np.concatenate(columns) for columns in zip(*parts))
-    _, first, count = np.unique(mix(key, 4 * text + order), return_index=True, return_counts=True)
+    _, first, count = np.unique(hash_pair(key, 4 * text + order), return_index=True, return_counts=True)
     return text[first], order[first], key[first], count
 
 
@@ -283,7 +275,7 @@ def document_frequencies(references):
     each occurs; how many images there are)"""
     image = np.repeat(np.arange(len(references)), [len(refs) for refs in references])
     text, _, key, _ = ngrams([ref for refs in references for ref in refs])
-    _, first = np.unique(mix(key, image[text]), return_index=True)
+    _, first = np.unique(hash_pair(key, image[text]), return_index=True)
     return *np.unique(key[first], return_counts=True), len(references)
 
 
@@ -305,20 +297,20 @@ class CiderD:
 
     def __init__(self, references, df=None):
         self.keys, frequency, n_images = df or document_frequencies(references)
-        self.most = math.log(max(1, n_images))  # the idf of what occurs nowhere
-        self.idf = self.most - np.log(frequency)
-        most, flat = max(map(len, references)), [ref for refs in references for ref in refs]
+        self.max_idf = math.log(max(1, n_images))  # of what occurs nowhere
+        self.idf = self.max_idf - np.log(frequency)
+        max_refs, flat = max(map(len, references)), [ref for refs in references for ref in refs]
         image = np.repeat(np.arange(len(references)), [len(refs) for refs in references])
         column = np.concatenate([np.arange(len(refs)) for refs in references])  # of each reference among its image's
         self.n_references = np.bincount(image, minlength=len(references))
-        self.lengths = np.zeros((len(references), most), int)
+        self.lengths = np.zeros((len(references), max_refs), int)
         self.lengths[image, column] = [len(ref) for ref in flat]
         text, order, key, count = ngrams(flat)
         vector, norm = self._vectors(text, order, key, count)
-        mixed = mix(key, image[text])
-        by = np.argsort(mixed, kind="stable")
+        of_image = hash_pair(key, image[text])
+        by = np.argsort(of_image, kind="stable")
         # the n-grams of each image, sorted; what is found at start[i] to start[i + 1] belongs to the i-th
-        self.grams, start = np.unique(mixed[by], return_index=True)
+        self.grams, start = np.unique(of_image[by], return_index=True)
         self.start = np.append(start, len(by))
         # the reference that holds it, how often, and what a match adds to the cosine: idf * its vector / its norm
         idf = vector / count
@@ -327,7 +319,7 @@ class CiderD:
     def _vectors(self, text, order, key, count):
         """tf-idf of each n-gram of ngrams(), and the norm of the vector that it belongs to, at least a tiny number"""
         at, known = look_up(self.keys, key)
-        vector = count * np.where(known, self.idf[at] if len(self.idf) else 0.0, self.most)
+        vector = count * np.where(known, self.idf[at] if len(self.idf) else 0.0, self.max_idf)
         squares = np.bincount(4 * text + order, vector ** 2)
         return vector, np.sqrt(squares[4 * text + order]).clip(min=1e-300)
 
@@ -336,14 +328,15 @@ class CiderD:
         images, n = np.asarray(images), len(captions)
         text, order, key, count = ngrams(captions)
         _, norm = self._vectors(text, order, key, count)
-        at, found = look_up(self.grams, mix(key, images[text]))
+        at, found = look_up(self.grams, hash_pair(key, images[text]))
         at, text, count, norm = at[found], text[found], count[found], norm[found]
         copies = self.start[at + 1] - self.start[at]  # in how many references it was found
         hit = np.repeat(np.arange(len(at)), copies)
         entry = np.arange(len(hit)) + np.repeat(self.start[at] - np.cumsum(copies) + copies, copies)
         overlap = np.minimum(count[hit], self.count[entry]) * self.weight[entry] / norm[hit]
-        most = self.lengths.shape[1]
-        cosines = np.bincount(most * text[hit] + self.column[entry], overlap, minlength=n * most).reshape(n, most)
+        max_refs = self.lengths.shape[1]
+        cosines = np.bincount(max_refs * text[hit] + self.column[entry], overlap, minlength=n * max_refs)
+        cosines = cosines.reshape(n, max_refs)
         bigrams = lambda lengths: np.maximum(0, lengths - 1)  # which stand for the length
         difference = bigrams(np.array([len(words) for words in captions]))[:, None] - bigrams(self.lengths[images])
         penalty = np.exp(-difference ** 2 / (2 * self.sigma ** 2))
@@ -375,20 +368,17 @@ UNFINISHED = set("a an the in on of with and or at by for from to into onto over
 @torch.no_grad()
 def write_captions(model, images, tokenizer, max_tokens, dev, context, batch_size=250, **decoding):
     """Captions of images (n, 3, H, W), greedy unless decoding says otherwise (what MLLM.generate() takes): a list of n
-    * num_captions str, image by image, for each whether the model ended it, and its log-probability."""
-    captions, ended, log_probs = [], [], []
+    * num_captions str, image by image; for each whether the model ended it; and (n * num_captions, max_tokens) ids."""
+    captions, ended, written = [], [], []
     for batch in images.split(batch_size):
         with context:
-            tokens = model.encode(batch.to(dev))
-            ids = model.generate(tokens, max_new_tokens=max_tokens, **decoding)
-            tokens = tokens.repeat_interleave(len(ids) // len(tokens), dim=0)
-            prompts = model.prompt(tokens)
-            log_p = model.log_probs(tokens, torch.cat((prompts, ids), dim=1))[:, prompts.size(1):]
-        log_probs += (log_p * counted(ids, tokenizer.eos_id)).sum(dim=1).tolist()
+            ids = model.generate(batch.to(dev), max_new_tokens=max_tokens, **decoding)
+        written.append(torch.nn.functional.pad(ids, (0, max_tokens - ids.size(1)), value=tokenizer.eos_id))
         captions += [tokenizer.decode(row) for row in ids.tolist()]
         ended += [tokenizer.eos_id in row for row in ids.tolist()]
-        config.show_progress(f"captioning {len(captions)}/{len(images)}")
-    return captions, ended, log_probs
+        config.show_progress(f"captioning: {len(captions)} written")
+    config.show_progress("")
+    return captions, ended, torch.cat(written)
 
 
 def counted(ids, eos_id):
@@ -527,19 +517,21 @@ def start_phase(model, phase):
 def vit_features(model, images, dev, context, batch_size=250):
     """(n, 3, H, W) images -> (n, N, C) features of the ViT, which a frozen one need not compute again"""
     features = []
+    model.vit.eval()
     for batch in images.split(batch_size):
         with context:
             features.append(model.vit.features(batch.to(dev)))
         config.show_progress(f"features of {sum(map(len, features))}/{len(images)} photos")
+    model.vit.train()
     return torch.cat(features)
 
 
 def step_flops(model, data, dev):
     """FLOPs that a training step spends on a caption, the mean over a few photos."""
     photos = data["splits"]["train"][:8]
-    images, inputs, targets = get_batch(data, photos, model.config.n_placeholders(image_size))
-    encode = lambda: model.encode(images.to(dev)).repeat_interleave(captions_per_photo, dim=0)
-    flops = config.count_flops(model, lambda: model(encode(), inputs.to(dev), targets.to(dev))[1])
+    images, inputs, targets = get_batch(data, photos, model.config.n_placeholders(image_size), dev)
+    encode = lambda: model.encode(images).repeat_interleave(captions_per_photo, dim=0)
+    flops = config.count_flops(model, lambda: model(encode(), inputs, targets)[1])
     return flops["Global"] / len(inputs)
 
 
@@ -567,13 +559,13 @@ def words_and_places(model, tokenizer, pixels, caption, max_tokens):
     seen = seen[0, prompt.size(1) - 1:]  # (T, n)
     words, places = [], []
     for token, place in zip(ids.tolist(), seen):
-        text = tokenizer.decode([token])
-        if text.startswith(" ") or not words:
-            words.append("")
+        if not words or tokenizer.decode([token]).startswith(" "):
+            words.append([])
             places.append([])
-        words[-1] += text
+        words[-1].append(token)
         places[-1].append(place)
-    return [word.strip() for word in words], torch.stack([torch.stack(each).mean(dim=0) for each in places])
+    texts = [tokenizer.decode(word).strip() for word in words]
+    return texts, torch.stack([torch.stack(each).mean(dim=0) for each in places])
 
 
 def draw_places(path, photo, words, places):
@@ -592,7 +584,12 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     photos, size = config.open_images(where), checkpoint["image_transform"]["size"]
     inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
     longest, each = checkpoint["settings"]["max_tokens"], decoding["num_captions"]
-    captions, _, log_probs = write_captions(model, inputs, tokenizer, longest, dev, context, **decoding)
+    captions, _, ids = write_captions(model, inputs, tokenizer, longest, dev, context, **decoding)
+    with torch.no_grad(), context:
+        tokens = model.encode(inputs.to(dev)).repeat_interleave(each, dim=0)
+        prompts = model.prompt(tokens)
+        mask = torch.cat((prompts < 0, counted(ids, tokenizer.eos_id)), dim=1)  # of what was written
+        log_probs = model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask).sum(dim=1).tolist()
     lines = [f"{caption}  (log p {log_p:.1f})" for caption, log_p in zip(captions, log_probs)]
     for i, line in enumerate(lines):
         print(f"{photos[i // each][0]}: {line}")
@@ -602,7 +599,7 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     for i, picture in enumerate(pictures[:4]):
         if captions[i * each]:
             words, places = words_and_places(model, tokenizer, inputs[i:i + 1].to(dev), captions[i * each], longest)
-            draw_places(out / f"places_{Path(photos[i][0]).stem}.png", picture, words, places.cpu())
+            draw_places(out / f"places_{photos[i][0]}.png", picture, words, places.cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,13 +609,16 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
 def describe_pixels(images, side=8, cells=4, directions=8):
     """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of
     cells x cells parts, how much contrast runs in each direction), which weigh alike."""
-    x = images.float()
-    colours = torch.nn.functional.adaptive_avg_pool2d(x, side).flatten(1)
-    grey = x.mean(dim=1)
-    dy, dx = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
-    angle = ((torch.atan2(dy, dx) / math.pi % 1.0) * directions).long() % directions  # a line has no sense of direction
-    edges = torch.nn.functional.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]  # (n, H - 2, W - 2, d)
-    edges = torch.nn.functional.adaptive_avg_pool2d(edges.permute(0, 3, 1, 2), cells).flatten(1).sqrt()
+    reduce, colours, edges = torch.nn.functional.adaptive_avg_pool2d, [], []
+    for x in images.split(500):
+        x = x.float()
+        colours.append(reduce(x, side).flatten(1))
+        grey = x.mean(dim=1)
+        dy, dx = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
+        angle = ((torch.atan2(dy, dx) / math.pi % 1.0) * directions).long() % directions  # a line points both ways
+        strength = torch.nn.functional.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]
+        edges.append(reduce(strength.permute(0, 3, 1, 2), cells).flatten(1).sqrt())  # (b, directions * cells * cells)
+    colours, edges = torch.cat(colours), torch.cat(edges)
     unit = lambda v: torch.nn.functional.normalize(v - v.mean(dim=0), dim=1)
     return torch.nn.functional.normalize(torch.cat((unit(colours), unit(edges)), dim=1), dim=1)
 
@@ -628,7 +628,7 @@ def nearest_captions(data, split, k=20):
     2015): of their captions the one that is on average most similar, by CIDEr-D, to the others. Nothing is learnt."""
     features = describe_pixels(data["images"])
     train, photos = torch.tensor(data["splits"]["train"]), data["splits"][split]
-    near = train[(features[photos] @ features[train].T).topk(k, dim=1).indices]  # (n, k)
+    near = train[(features[photos] @ features[train].T).topk(min(k, len(train)), dim=1).indices]  # (n, k)
     df = document_frequencies([[words_of(c) for c in data["captions"][p]] for p in train.tolist()])
     chosen = []
     for row in near.tolist():
@@ -639,7 +639,7 @@ def nearest_captions(data, split, k=20):
     return chosen
 
 
-def print_baselines(path, data, split, max_tokens, dev, context):
+def print_baselines(path, data, split, dev, context):
     """A table of what people, nearest photos and, if there is one, the model at path score on a split."""
     photos = data["splits"][split]
     five = [data["captions"][p] for p in photos]
@@ -675,19 +675,21 @@ def kendall_tau_c(scores, grades):
 def print_judgements(archive):
     """How our metrics rank photo-caption pairs beside the three experts who judged each (Hodosh et al. 2013): Kendall's
     tau-c as the field reports it, each rating a row of its own, captions of the photo itself left out."""
-    with config.one_line(KeyError), zipfile.ZipFile(archive) as texts:
-        lines = lambda name: [line.split("\t") for line in texts.read(name).decode("utf-8").splitlines()]
-        captions = {name: caption for name, caption in lines("Flickr8k.token.txt")}
-        rows = [row for row in lines("ExpertAnnotations.txt") if row[0] != row[1].split("#")[0]]
-    grades = np.array([int(grade) for row in rows for grade in row[2:]])
-    candidates = [captions[row[1]] for row in rows for _ in row[2:]]
-    references = [[captions[f"{row[0]}#{i}"] for i in range(5)] for row in rows for _ in row[2:]]
-    columns = {"CIDEr": cider(candidates, references)[1]}
-    each = np.array([bleu([c], [refs], 1e-15) for c, refs in zip(candidates[::3], references[::3])]).repeat(3, axis=0)
-    columns |= {"BLEU-1": each[:, 0], "BLEU-4": each[:, 3]}
-    print(f"{len(rows):,} pairs, {len(grades):,} ratings; Kendall's tau-c times 100:")
+    try:
+        with zipfile.ZipFile(archive) as texts:
+            lines = lambda name: [line.split("\t") for line in texts.read(name).decode("utf-8").splitlines()]
+            captions = {name: caption for name, caption in lines("Flickr8k.token.txt")}
+            rows = [row for row in lines("ExpertAnnotations.txt") if row[0] != row[1].split("#")[0]]
+    except (zipfile.BadZipFile, KeyError):
+        config.fail(f"{archive} is not Flickr8k_text.zip, which holds ExpertAnnotations.txt")
+    candidates = [captions[row[1]] for row in rows]
+    references = [[captions[f"{row[0]}#{i}"] for i in range(5)] for row in rows]
+    bleus = np.array([bleu([c], [refs], tiny=1e-15) for c, refs in zip(candidates, references)])  # (pairs, 4)
+    columns = {"CIDEr": cider(candidates, references)[1], "BLEU-1": bleus[:, 0], "BLEU-4": bleus[:, 3]}
+    grades = np.array([[int(grade) for grade in row[2:]] for row in rows])  # (pairs, 3)
+    print(f"{len(rows):,} pairs, {grades.size:,} ratings; Kendall's tau-c times 100:")
     for name, scores in columns.items():
-        print(f"{name:<8}{100 * kendall_tau_c(scores, grades):6.1f}")
+        print(f"{name:<8}{100 * kendall_tau_c(scores.repeat(3), grades.flatten()):6.1f}")
 
 
 @config.one_line_errors
@@ -698,6 +700,7 @@ def main(argv=None):
     config.at_least(1, beams=beams, num_captions=num_captions, eval_interval=eval_interval, batch_size=batch_size,
                     captions_per_photo=captions_per_photo, vit_layer=vit_layer, gpt_layer=gpt_layer,
                     max_tokens=max_tokens)
+    config.shares(crop=crop, jitter=jitter, word_dropout=word_dropout, label_smoothing=label_smoothing)
     if not 0 <= align_share < 1:
         config.fail(f"align_share={align_share}: at least 0 and below 1, since the run ends with the phase sft")
     if image:
@@ -713,14 +716,17 @@ def main(argv=None):
         if eval_split not in data["splits"]:
             config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
         longest = checkpoint["settings"]["max_tokens"]
-        scores, _ = evaluate_each_way(model, data, eval_split, longest, dev, context, beams, length_penalty, temperature)
+        scores, _ = evaluate_each_way(model, data, eval_split, longest, dev, context, beams, length_penalty,
+                                      temperature)
         print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
               + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return
 
     data = load_captioned(dataset, image_size, n_drawn)
     if baselines:
-        print_baselines(out / "sft.pt", data, eval_split, max_tokens, dev, context)
+        if eval_split not in data["splits"]:
+            config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
+        print_baselines(out / "sft.pt", data, eval_split, dev, context)
         return
     tokenizer, splits = data["tokenizer"], data["splits"]
     resumed = config.resume(out, init_from, settings, train_with)
@@ -792,7 +798,8 @@ def main(argv=None):
         if progress == 1:
             break
         if switch:
-            phase, phase_start, phase_from, kept = "sft", step, progress, None
+            phase, phase_start, phase_from = "sft", step, progress
+            kept = None if train_vit else kept
             optimizers, log.flops = start_phase(model, phase), step_flops(model, data, dev)
         phase_end = align_share if phase == "align" else 1.0
         factor = lr_factor(step - phase_start, (progress - phase_from) / (phase_end - phase_from))
@@ -805,14 +812,14 @@ def main(argv=None):
         torch.manual_seed(seed * 1_000_003 + step)  # captions, augmentation and dropout depend on the step alone
         chosen = order[position * per_step:(position + 1) * per_step]
         photos = [splits["train"][i] for i in chosen]
-        images, inputs, targets = get_batch(data, photos, n_placeholders)  # of all processes; each computes its parts
+        images, inputs, targets = get_batch(data, photos, n_placeholders, dev)  # the whole batch in every process
         loss = 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):
             rows = slice(part.start * captions_per_photo, part.stop * captions_per_photo)
             with context:
-                tokens = model.encode(images[part].to(dev)) if kept is None else model.connector(kept[chosen[part]])
+                tokens = model.encode(images[part]) if kept is None else model.connector(kept[chosen[part]])
                 tokens = tokens.repeat_interleave(captions_per_photo, dim=0)  # (b * captions_per_photo, N, C)
-                _, mean = run_model(tokens, inputs[rows].to(dev), targets[rows].to(dev), label_smoothing)
+                _, mean = run_model(tokens, inputs[rows], targets[rows], label_smoothing)
             share = mean * ((targets[rows] >= 0).sum() / (targets >= 0).sum()).item()  # of the loss of the batch
             share.backward()
             loss += share.detach()

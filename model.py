@@ -345,9 +345,9 @@ class Dropout(nn.Module):
     """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
 
     p is rounded to 256ths: a byte is drawn for each element, eight bytes at a time, since on CPUs drawing random
-    numbers takes longer than most layers. part: (i, n) where x is the i-th of n equal parts of a larger batch, whose others are
-    computed later or by other processes. What is dropped is drawn for the larger batch, so that the parts together lose
-    what it would lose.
+    numbers takes longer than most layers. part: (i, n) where x is the i-th of n equal parts of a larger batch, whose
+    others are computed later or by other processes. What is dropped is drawn for the larger batch, so that the parts
+    together lose what it would lose.
     """
 
     def __init__(self, p):
@@ -515,6 +515,8 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
         super().__init__()
+        if cross_every > n_layer:
+            raise ValueError(f"cross_every={cross_every}: no block of n_layer={n_layer} would have cross-attention")
         has_cross = [cross_every > 0 and (i + 1) % cross_every == 0 for i in range(n_layer)]
         self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, cross=has, **block) for has in has_cross)
         self.norm = make_norm(norm, n_embd)
@@ -858,7 +860,7 @@ class GPT(nn.Module):
         ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
         tokens = ids.new_empty(B, beams, 0)
         caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
-        x = self.embedding(ids) if prompt is None else prompt
+        x, scores = self.embedding(ids) if prompt is None else prompt, total
         try:
             while tokens.size(2) < max_new_tokens and not ended.all():
                 logits = self.head(self.hidden(x, caches, memory)[:, -1]).float()
@@ -878,7 +880,8 @@ class GPT(nn.Module):
                 total, length = candidates.flatten(1).gather(1, best), lengths.gather(1, beam)
                 ended = ended.gather(1, beam) | (token == eos_id)
                 tokens = torch.cat((tokens.gather(1, beam[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2)
-                select_rows(caches, (first + beam).flatten())
+                for cache, _ in caches:  # all beams of a prompt have the same memory
+                    cache.select((first + beam).flatten())
                 x = self.embedding(token.view(-1, 1))
         finally:
             self.train(was_training)
@@ -1139,18 +1142,20 @@ class MLLM(nn.Module):
         pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
         was_training = self.training
         self.eval()
-        for attn in watched + pools:
-            attn.watched = True
-        self.hidden(images, ids)
-        seen = torch.stack([attn.weights.float().mean(dim=1) for attn in watched]).mean(dim=0)  # (B, T, Tk)
-        if not self.config.gpt.cross_every:
-            (B, T), n = ids.shape, mask[0].sum()
-            seen = seen.transpose(1, 2)[mask].view(B, n, T).transpose(1, 2)  # the columns of the placeholders
-        for pool in pools:
-            seen = seen @ pool.weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
-        for attn in watched + pools:
-            attn.watched, attn.weights = False, None
-        self.train(was_training)
+        try:
+            for attn in watched + pools:
+                attn.watched = True
+            self.hidden(images, ids)
+            seen = torch.stack([attn.weights.float().mean(dim=1) for attn in watched]).mean(dim=0)  # (B, T, Tk)
+            if not self.config.gpt.cross_every:
+                (B, T), n = ids.shape, mask[0].sum()
+                seen = seen.transpose(1, 2)[mask].view(B, n, T).transpose(1, 2)  # the columns of the placeholders
+            for pool in pools:
+                seen = seen @ pool.weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
+        finally:
+            for attn in watched + pools:
+                attn.watched, attn.weights = False, None
+            self.train(was_training)
         return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 
 
@@ -1200,10 +1205,14 @@ class CLIP(nn.Module):
         counts = mask[:, 0].transpose(1, 2)  # (B, T, 1)
         return F.normalize(self.text_head((x * counts).sum(dim=1) / counts.sum(dim=1)).float(), dim=-1)
 
+    def logits(self, images, texts):
+        """(n, d) and (m, d) unit vectors -> (n, m): their cosines over the temperature, which is at least 0.01"""
+        return self.log_scale.exp().clamp(max=100.0) * images @ texts.T
+
     def loss(self, images, texts):
-        """(B, n) unit vectors of photos and of their texts -> the mean of the cross-entropies of finding each photo's
-        text among all texts and each text's photo among all photos; the scale of the cosines is at most 100."""
-        logits = self.log_scale.exp().clamp(max=100.0) * images @ texts.T  # (B, B)
+        """(B, d) unit vectors of photos and of their texts -> the mean of the cross-entropies of finding each photo's
+        text among all texts and each text's photo among all photos."""
+        logits = self.logits(images, texts)  # (B, B)
         right = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 

@@ -180,6 +180,7 @@ def main(argv=None):
         config.fail("baseline is greedy, or leave_one_out with samples of at least 2")
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python scst.py (with the same config)"
     context = config.autocast(dev, dtype)
+    config.at_least(1, beams=beams, num_captions=num_captions)
     if image:
         how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty)
         mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context, num_captions=num_captions, **how)
@@ -197,8 +198,9 @@ def main(argv=None):
     if eval_only:
         if eval_split not in splits:
             config.fail(f"eval_split={eval_split}: {', '.join(splits)}")
+        scores, _ = evaluate_each_way(eval_split, temperature)
         print(f"{start_from}, step {checkpoint['step']}, {eval_split}: "
-              + " | ".join(f"{name} {value:.2f}" for name, value in evaluate_each_way(eval_split, temperature)[0].items()))
+              + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return
 
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
@@ -257,11 +259,12 @@ def main(argv=None):
         torch.manual_seed(seed * 1_000_003 + step)  # augmentation and samples hang on the step alone: resuming is exact
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
-        images = config.augment_photos(data["images"][photos], said, sft["crop"], sft["jitter"], sft["mirror"])
+        images = data["images"][photos].to(dev)
+        images = config.augment_photos(images, said, sft["crop"], sft["jitter"], sft["mirror"])  # as it was trained
         drafts, began, in_reward = [], time.perf_counter(), 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):  # write captions, see what they are worth
             with context:
-                tokens = model.encode(images[part].to(dev))  # (b, N, C), read once for all K samples
+                tokens = model.encode(images[part])  # (b, N, C), read once for all K samples
                 write = lambda **how: model.generate(tokens.detach(), max_new_tokens=max_tokens, **how)
                 sampled, greedy = write(temperature=1.0, num_captions=samples), None
                 if baseline == "greedy" or (step + 1) % eval_interval == 0:  # without need of it, for the log
@@ -312,9 +315,10 @@ def main(argv=None):
         pictures.append(captions[:len(shown)])  # of the test split
     log.write(step, {}, file_only={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
                               for name, value in scores.items()})
-    print(f"{'':<7}{'':<6}" + "".join(f"{name:>10}" for name in TABLE))
+    names = [name for name in TABLE if name in table[0][2]]
+    print(f"{'':<7}{'':<6}" + "".join(f"{name:>11}" for name in names))
     for when, split, scores in table:
-        print(f"{when:<7}{split:<6}" + "".join(f"{scores[name]:>10.2f}" for name in TABLE))
+        print(f"{when:<7}{split:<6}" + "".join(f"{scores[name]:>11.2f}" for name in names))
     for p, b, a in zip(shown, *pictures):
         print(f"{data['names'][p]}: before: {b} | after: {a}")
     config.save_grid(out / "before_after.png", [data["images"][p] for p in shown],

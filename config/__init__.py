@@ -322,6 +322,13 @@ def set_lr(optimizers, factor):
         group["lr"] = factor * group["peak_lr"]
 
 
+def shares(**settings):
+    """End the run in one line where one of the settings is not from 0 to 1."""
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            fail(f"{name}={value}: a share, from 0 to 1")
+
+
 def at_least(least, **settings):
     """End the run in one line where one of the settings is smaller than least."""
     for name, value in settings.items():
@@ -388,7 +395,7 @@ def augment_photos(images, captions, crop, jitter, mirror):
     are stretched by up to 4 / 3, brought back to H x W; with mirror half of them mirrored, but none of which a caption
     (captions: a list for each photo) says left or right; brightness, contrast and saturation changed by factors from
     1 - jitter to 1 + jitter. Draws from torch's global generator."""
-    B, dev = len(images), images.device
+    B, dev, images = len(images), images.device, images.float()
     sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
     mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
     area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
@@ -401,9 +408,9 @@ def augment_photos(images, captions, crop, jitter, mirror):
         theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
         theta[:, :, 2] = middle.T
         where = torch.nn.functional.affine_grid(theta.to(dev), images.shape, align_corners=False)
-        images = torch.nn.functional.grid_sample(images.float(), where, padding_mode="border", align_corners=False)
+        images = torch.nn.functional.grid_sample(images, where, padding_mode="border", align_corners=False)
     if jitter:
-        images = images.float() * gain[0]
+        images = images * gain[0]
         images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, gain[1])
         images = images.mean(dim=1, keepdim=True).lerp(images, gain[2]).clamp(0, 255)
     return images
@@ -440,7 +447,7 @@ def load(path, train_with, device="cpu", has=None):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
-    if not any(name in checkpoint["config"] for name in has or checkpoint["config"]):
+    if has and not any(name in checkpoint["config"] for name in has):
         fail(f"{path} is a checkpoint of another stage than the one that {train_with} runs")
     return checkpoint
 
@@ -457,7 +464,8 @@ def resume(out_dir, init_from, settings, train_with, start="scratch"):
         return None
     checkpoint = load(Path(out_dir) / "last.pt", train_with)
     free = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "accumulation",
-            "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "beams", "length_penalty", "num_captions"}
+            "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "beams", "length_penalty", "num_captions",
+            "image", "texts", "mirror_eval", "eval_only", "eval_split", "judgements", "baselines"}
     for name, was in checkpoint["settings"].items():
         if name in settings and settings[name] != was:
             if name not in free:
@@ -690,6 +698,20 @@ def load_data(path, prepare_with):
     if not Path(path).is_file():
         fail(f"no data at {path} yet; make it first: {prepare_with}")
     return np.load(path, mmap_mode="r") if str(path).endswith(".npy") else json.loads(Path(path).read_text("utf-8"))
+
+
+def load_captioned(dataset, image_size):
+    """The folder data/<dataset> that prepare_flickr8k.py wrote: images, a memory-mapped (n, 3, image_size, image_size)
+    uint8 array; the table of names, captions and splits; and the state of the tokenizer."""
+    prepare = "python prepare_flickr8k.py"
+    if dataset != "flickr8k":
+        prepare += f" --source=DIR --out_dir=data/{dataset}"
+    images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
+                            for name in ("images.npy", "captions.json", "tokenizer.json"))
+    if images.shape[-1] != image_size:
+        fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
+             f"run {prepare} --size={image_size}")
+    return images, table, state
 
 
 def md5_of(path):

@@ -1,4 +1,5 @@
-"""SCST of the captioner of config/flickr8k.py, on one GPU: 6 minutes."""
+"""SCST of the captioner of config/flickr8k.py, on one GPU. Started on a CPU for a few steps, and never yet run to its
+end on a GPU, so that README has no row for it."""
 out_dir = "out/flickr8k_scst"
 sft_dir = "out/flickr8k"  # python mllm.py config/flickr8k.py
 max_minutes = 6.0
