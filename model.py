@@ -8,7 +8,7 @@ Every part of a multimodal transformer, each built from the ones before it:
     5. stacks          TransformerEncoder, TransformerDecoder, Transformer (the encoder-decoder of 2017)
     6. vision          PatchEmbedding, AttentionPooling, ViT
     7. language        GPT
-    8. multimodal      connectors, MLLM
+    8. multimodal      connectors, MLLM, CLIP
 
 Shapes: (B, T, C) = batch, time, channels; (B, N, C) for image tokens; (B, n_head, T, head_dim) inside attention.
 Masks are boolean, True = may attend, and broadcast to (B, n_head, Tq, Tk). A row that may attend nowhere gives zeros.
