@@ -708,7 +708,8 @@ def main(argv=None):
     if not 0 <= align_share < 1:
         config.fail(f"align_share={align_share}: at least 0 and below 1, since the run ends with the phase sft")
     if image:
-        how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty)
+        how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty,
+                   generator=torch.Generator(dev).manual_seed(seed))
         caption_files(out / "sft.pt", train_with, image, out, dev, context, num_captions=num_captions, **how)
         return
     if judgements:

@@ -182,7 +182,8 @@ def main(argv=None):
     context = config.autocast(dev, dtype)
     config.at_least(1, beams=beams, num_captions=num_captions)
     if image:
-        how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty)
+        how = dict(temperature=temperature, beams=max(beams, num_captions), length_penalty=length_penalty,
+                   generator=torch.Generator(dev).manual_seed(seed))
         mllm.caption_files(out / "scst.pt", train_with, image, out, dev, context, num_captions=num_captions, **how)
         return
 
