@@ -589,6 +589,7 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
     longest, each = checkpoint["settings"]["max_tokens"], decoding["num_captions"]
     captions, _, ids = write_captions(model, inputs, tokenizer, longest, dev, context, **decoding)
+    model.eval()  # generate() sees to that itself, encode() and log_probs() do not
     with torch.no_grad(), context:
         tokens = model.encode(inputs.to(dev)).repeat_interleave(each, dim=0)
         prompts = model.prompt(tokens)

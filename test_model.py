@@ -1220,6 +1220,17 @@ def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     assert torch.allclose(log_probs.grad, torch.tensor([[-3.0, -3, 0, 0], [6.0, 6, 6, 6]]))
 
 
+def test_captions_for_evaluation_are_written_without_dropout():
+    vit_config = ViTConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    tokenizer = BPETokenizer.train(["a dog"], 261)
+    gpt_config = GPTConfig(vocab_size=261, block_size=24, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
+    model, cpu = shake(MLLM(MLLMConfig(vit_config, gpt_config)), 0.5), torch.device("cpu")
+    pixels = photos(20)
+    write = lambda: mllm.write_captions(model, pixels, tokenizer, 8, cpu, contextlib.nullcontext())[2]
+    in_training = write()
+    assert model.training and in_training.equal(model.eval().generate(pixels, max_new_tokens=8))
+
+
 def test_a_caption_ends_badly_without_end_token_or_on_a_word_that_needs_another():
     assert ends_badly(["a", "dog"], False) and ends_badly(["a", "dog", "in", "the"], True) and ends_badly([], True)
     assert not ends_badly(["a", "dog", "runs"], True)
