@@ -939,6 +939,8 @@ class PixelShuffleConnector(nn.Module):
         """(B, N, n_vision), a square grid of even side -> (B, N / 4, n_language)"""
         B, N, C = x.shape
         half = math.isqrt(self.n_tokens(math.isqrt(N)))
+        if (2 * half) ** 2 != N:
+            raise ValueError(f"{N} patches are no square grid")
         x = x.view(B, half, 2, half, 2, C).transpose(2, 3)  # (B, half, half, 2, 2, C)
         return self.mlp(x.reshape(B, half * half, 4 * C))
 

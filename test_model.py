@@ -749,6 +749,7 @@ def test_pixel_shuffle_folds_neighbouring_patches():
     squares = torch.tensor([[0.0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
     close(layer(x)[0], layer.mlp(squares))
     raises(ValueError, "9 patches are no square grid of even side", layer, torch.zeros(1, 9, 1))
+    raises(ValueError, "8 patches are no square grid", layer, torch.zeros(1, 8, 1))
 
 
 def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
