@@ -1574,7 +1574,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         assert "cider" in run(scst, *TOY[scst], "--eval_only=True")
         assert "photo.png: " in run(scst, *TOY[scst], "--image=photo.png")
         other = (*TOY[mllm], "--vit_ckpt=out/gpt/best.pt")
-        raises(SystemExit, "out/gpt/best.pt is a checkpoint of another stage", run, mllm, *other)
+        raises(SystemExit, "out/gpt/best.pt is a checkpoint of another kind", run, mllm, *other)
         raises(SystemExit, "lr is 0.5 and was", run, scst, *TOY[scst], "--init_from=resume", "--lr=0.5")
         raises(SystemExit, "at least 2", run, scst, *TOY[scst], "--baseline=leave_one_out", "--samples=1")
 

@@ -448,7 +448,7 @@ def load(path, train_with, device="cpu", has=None):
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
     if has and not any(name in checkpoint["config"] for name in has):
-        fail(f"{path} is a checkpoint of another stage than the one that {train_with} runs")
+        fail(f"{path} is a checkpoint of another kind than {train_with} writes")
     return checkpoint
 
 
