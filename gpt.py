@@ -66,9 +66,14 @@ MILESTONES = (0, 0.25, 0.5, 1.0)  # shares of the run after which a sample is wr
 
 
 def load_split(split):
-    """(n,) int64: the token ids of a split."""
-    prepare = f"python prepare_{'shakespeare' if dataset == 'shakespeare' else 'flickr8k'}.py"
-    return torch.from_numpy(config.load_data(f"data/{dataset}/{split}.npy", prepare).astype(np.int64))
+    """(n,) int64: the token ids of a split; and the state of the tokenizer that they are of."""
+    folder = f"data/{dataset}"
+    prepare = "python prepare_shakespeare.py" if dataset == "shakespeare" else config.prepare_captions(dataset)
+    state = config.load_data(f"{folder}/tokenizer.json", prepare)
+    if not Path(folder, f"{split}.npy").is_file():
+        config.fail(f"no split {split} in {folder}; there are "
+                    + ", ".join(sorted(path.stem for path in Path(folder).glob("*.npy") if path.stem != "images")))
+    return torch.from_numpy(np.load(f"{folder}/{split}.npy").astype(np.int64)), state
 
 
 def get_batch(ids):
@@ -131,9 +136,10 @@ def main(argv=None):
         model, tokenizer = GPT(GPTConfig(**checkpoint["config"])).to(dev), tokenizer_from_state(checkpoint["tokenizer"])
         model.load_state_dict(checkpoint["model"])
         if eval_only:
-            if dataset == "shakespeare" and eval_split not in ("train", "val"):
-                config.fail(f"eval_split={eval_split}: train or val; Tiny Shakespeare has no other")
-            loss = evaluate(model, load_split(eval_split), model.config.block_size, batch_size, dev, context)
+            ids, state = load_split(eval_split)
+            if state != checkpoint["tokenizer"]:
+                config.fail(f"{out / 'best.pt'} was trained with another tokenizer than data/{dataset} has")
+            loss = evaluate(model, ids, model.config.block_size, batch_size, dev, context)
             print(f"{out / 'best.pt'}, step {checkpoint['step']}: {eval_split} loss {loss:.4f}")
             return
         config.at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
@@ -144,13 +150,16 @@ def main(argv=None):
         print(f"{'-' * 40}\n{pace:,.0f} tokens a second")
         return
 
-    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, block_size=block_size, n_layer=n_layer)
-    train_ids, val_ids = load_split("train").to(dev), load_split("val")
+    config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, block_size=block_size, n_layer=n_layer,
+                    n_head=n_head)
+    config.at_least(0, grad_clip=grad_clip)
+    config.shares(dropout=dropout, cooldown=cooldown)
+    (train_ids, state), (val_ids, _) = load_split("train"), load_split("val")
+    train_ids, tokenizer = train_ids.to(dev), tokenizer_from_state(state)
     if len(train_ids) <= block_size or len(val_ids) < 2:
         config.fail(f"data/{dataset} is too small for windows of block_size={block_size} tokens")
-    tokenizer = tokenizer_from_state(config.load_data(f"data/{dataset}/tokenizer.json", "prepare it again"))
     n_parts = config.n_parts(batch_size, accumulation)
-    resumed = config.resume(out, init_from, settings, train_with)
+    resumed = config.resume(out, init_from, settings, train_with, tokenizer=state)
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
                              positions, tie_weights=tie_weights)

@@ -477,11 +477,11 @@ def build_model(tokenizer):
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
     origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}  # part -> checkpoint
     if vit_ckpt:
-        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has=("n_classes", "vit"))
+        loaded["vit"] = config.load(vit_ckpt, config.command_for("vit.py", Path(vit_ckpt).parent), has=("n_classes", "vit"))
         of_vit = loaded["vit"]["config"].get("vit", loaded["vit"]["config"])  # of CLIP's, or a classifier
         vit_config = dataclasses.replace(ViTConfig(**of_vit), dropout=dropout)
     if gpt_ckpt:
-        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py", has=("block_size",))
+        loaded["gpt"] = config.load(gpt_ckpt, config.command_for("gpt.py", Path(gpt_ckpt).parent), has=("block_size",))
         if loaded["gpt"]["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
@@ -598,7 +598,7 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     with torch.no_grad(), context:
         tokens = model.encode(inputs.to(dev)).repeat_interleave(each, dim=0)
         prompts = model.prompt(tokens)
-        mask = torch.cat((prompts < 0, counted(ids, tokenizer.eos_id)), dim=1)  # of what was written
+        mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), counted(ids, tokenizer.eos_id)), dim=1)  # of what was written
         log_probs = model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask).sum(dim=1).tolist()
     lines = [f"{caption}  (log p {log_p:.1f})" for caption, log_p in zip(captions, log_probs)]
     for i, line in enumerate(lines):
@@ -708,9 +708,11 @@ def main(argv=None):
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python mllm.py (with the same config)"
     context = config.autocast(dev, dtype)
     config.at_least(1, beams=beams, num_captions=num_captions, eval_interval=eval_interval, batch_size=batch_size,
-                    captions_per_photo=captions_per_photo, vit_layer=vit_layer, gpt_layer=gpt_layer,
-                    max_tokens=max_tokens)
-    config.shares(crop=crop, jitter=jitter, word_dropout=word_dropout, label_smoothing=label_smoothing)
+                    captions_per_photo=captions_per_photo, vit_layer=vit_layer, vit_head=vit_head, gpt_layer=gpt_layer,
+                    gpt_head=gpt_head, max_tokens=max_tokens)
+    config.at_least(0, grad_clip=grad_clip)
+    config.shares(crop=crop, jitter=jitter, word_dropout=word_dropout, label_smoothing=label_smoothing, dropout=dropout,
+                  cooldown=cooldown)
     if not 0 <= align_share < 1:
         config.fail(f"align_share={align_share}: at least 0 and below 1, since the run ends with the phase sft")
     if image:
@@ -740,7 +742,7 @@ def main(argv=None):
         print_baselines(out / "sft.pt", data, eval_split, dev, context)
         return
     tokenizer, splits = data["tokenizer"], data["splits"]
-    resumed = config.resume(out, init_from, settings, train_with)
+    resumed = config.resume(out, init_from, settings, train_with, tokenizer=tokenizer.state())
     torch.manual_seed(seed)
     if resumed:
         model = MLLM(MLLMConfig.from_dict(resumed["config"]))
@@ -749,7 +751,9 @@ def main(argv=None):
     else:
         model, origin = build_model(tokenizer)
     model = model.to(dev, memory_format=torch.channels_last)
-    n_image_tokens, n_placeholders = model.config.n_image_tokens(image_size), model.config.n_placeholders(image_size)
+    with config.one_line(ValueError):  # an image_size that does not divide into the patches of vit_ckpt
+        n_image_tokens = model.config.n_image_tokens(image_size)
+    n_placeholders = model.config.n_placeholders(image_size)
     print(f"{dataset}: " + ", ".join(f"{len(photos):,} photos to {split}" for split, photos in splits.items())
           + f"; {n_image_tokens} image tokens each; on {dev}")
     for part, where in origin.items():
@@ -842,8 +846,7 @@ def main(argv=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        if len(losses) > 1:  # read one step late, so that a GPU goes on working meanwhile
-            config.show_progress(f"step {step} | loss {config.check_finite(losses[-2], step - 2, out):.3f}")
+        config.show_progress(f"step {step} | loss {config.check_finite(losses[-1], step - 1, out):.3f}")
 
     if not config.is_main():
         return

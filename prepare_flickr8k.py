@@ -65,7 +65,7 @@ def read_folder(folder):
     with open(file, newline="", encoding="utf-8-sig") as f, config.one_line(UnicodeDecodeError):
         for row in csv.reader(f, skipinitialspace=True):
             if len(row) >= 2 and row[:2] != ["image", "caption"]:
-                captions.setdefault(row[0], []).append(clean(",".join(row[1:])))
+                captions.setdefault(row[0], []).append(clean(", ".join(row[1:])))
     images = folder / "Images" if (folder / "Images").is_dir() else folder
     for name in captions:
         if not (images / name).is_file():
@@ -73,8 +73,8 @@ def read_folder(folder):
     names = sorted(captions)
     random.Random(0).shuffle(names)
     tenth = len(names) // 10
-    if tenth == 0:
-        config.fail(f"{file}: {len(names)} images are too few to split; at least 10")
+    if tenth < 2:  # CIDEr of one photo is 0, whatever is said
+        config.fail(f"{file}: {len(names)} images are too few to split; at least 20")
     splits = {"train": names[2 * tenth:], "val": names[:tenth], "test": names[tenth:2 * tenth]}
     return captions, splits, lambda name: Image.open(images / name)
 

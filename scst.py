@@ -70,7 +70,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")  # before and after
+TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct", "all_right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def find_sft():
     if found and found[-1].parent == Path(out_dir):
         config.fail(f"out_dir={out_dir} is where {found[-1]} lies, which a new run would rename; choose another")
     if not found:
-        config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py")
+        config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: {config.command_for('mllm.py', sft_dir)}")
     return found[-1]
 
 
@@ -187,6 +187,8 @@ def main(argv=None):
         return
 
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, samples=samples)
+    config.at_least(0, grad_clip=grad_clip)
+    config.shares(cooldown=cooldown)
     resumed = None if eval_only else config.resume(out, init_from, settings, train_with, start="sft")
     start_from = out / "scst.pt" if eval_only else Path(resumed["sft"]) if resumed else find_sft()
     model, data, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev, True)
@@ -242,7 +244,6 @@ def main(argv=None):
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
                 log.write(step, numbers | brief, factor * lr, per_step * samples, "captions", file_only=scores)
-                history = []
                 is_best, best = scores["val_cider"] > best, max(scores["val_cider"], best)
                 saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                          "settings": settings | {"max_tokens": max_tokens}, "step": step, "best": best,
@@ -251,6 +252,8 @@ def main(argv=None):
                 if is_best:
                     config.save(out / "scst.pt", saved)
                 config.save(out / "last.pt", saved)  # last: a run killed in between does this evaluation again
+        if due:
+            history = []
         if progress == 1:
             break
         epoch, position = divmod(step, steps_per_epoch)
@@ -285,7 +288,8 @@ def main(argv=None):
             with context:
                 tokens = tokens.repeat_interleave(samples, dim=0)  # (b * K, N, C)
                 prompts = model.prompt(tokens)
-                mask = torch.cat((prompts < 0, mllm.counted(sampled, tokenizer.eos_id)), dim=1)  # of what was written
+                mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool),
+                                  mllm.counted(sampled, tokenizer.eos_id)), dim=1)  # of what was written
                 log_probs = model.log_probs(tokens, torch.cat((prompts, sampled), dim=1), mask)[:, prompts.size(1):]
             advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
             share = scst_loss(log_probs, sampled, advantage.flatten().to(dev), tokenizer.eos_id) / n_tokens

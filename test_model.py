@@ -1302,7 +1302,7 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         assert {split: len(photos) for split, photos in table["splits"].items()} == {"train": 16, "val": 2, "test": 2}
         assert sorted(sum(table["splits"].values(), [])) == list(range(20))
         i = table["names"].index("3.png")
-        assert table["captions"][i] == ["picture 3, said a", "picture 3 said b"]
+        assert table["captions"][i] == ["picture 3, said a", "picture 3, said b"]
         red, green, blue = np.load("data/mine/images.npy")[i]
         assert set(red.flat) == {30} and not green.any() and not blue.any()
         tokenizer = tokenizer_from_state(json.loads(Path("data/mine/tokenizer.json").read_text()))
@@ -1318,6 +1318,8 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled images" in said
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
         raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine", "--out_dir=data/mine")
+        make_captioned_folder("few", 19)
+        raises(SystemExit, "19 images are too few", run, prepare_flickr8k, "--source=few", "--out_dir=data/few")
         raises(SystemExit, "captions.txt is missing", run, prepare_flickr8k, "--source=.", "--out_dir=data/mine")
         raises(SystemExit, "a folder of their own", run, prepare_flickr8k, "--source=mine")
 
@@ -1346,12 +1348,12 @@ def run(stage, *argv):
 
 
 def make_captioned_folder(folder, n):
-    """n plain images and a captions.txt with two captions of each, one of them quoted."""
+    """n plain images and a captions.txt with two captions of each, one of them quoted and both with a comma."""
     Path(folder).mkdir()
     lines = ["image,caption"]
     for i in range(n):
         Image.new("RGB", (20, 12), (10 * i, 0, 0)).save(f"{folder}/{i}.png")
-        lines += [f'{i}.png,"Picture {i}, said A ."', f"{i}.png,Picture {i}  said B."]
+        lines += [f'{i}.png,"Picture {i}, said A ."', f"{i}.png,Picture {i},  said B."]
     Path(folder, "captions.txt").write_text("\n".join(lines))
 
 
@@ -1448,7 +1450,14 @@ def test_gpt_runs_resumes_and_writes():
         make_toy_data()
         check_stage(gpt, "best.pt")
         assert Path("out/gpt/sample.txt").read_text()
-        assert "val loss" in run(gpt, *TOY[gpt], "--eval_only=True")
+        evaluation = (*TOY[gpt], "--eval_only=True")
+        assert "val loss" in run(gpt, *evaluation)
+        raises(SystemExit, "no split test in data/shakespeare; there are train, val", run, gpt, *evaluation,
+               "--eval_split=test")
+        raises(SystemExit, "another tokenizer than data/mine has", run, gpt, *evaluation, "--dataset=mine")
+        Path("data/shakespeare/tokenizer.json").write_text(Path("data/mine/tokenizer.json").read_text())
+        raises(SystemExit, "the data has another tokenizer", run, gpt, *TOY[gpt], "--init_from=resume")
+        run(prepare_shakespeare)
         prompted = lambda n: run(gpt, *TOY[gpt], "--prompt=to be", f"--num_samples={n}").split("-" * 40)
         first, second, pace = prompted(2)
         assert "tokens a second" in pace and [first, second] == prompted(2)[:2]
@@ -1621,7 +1630,7 @@ def test_align_trains_the_connector_alone():
 
 def test_what_goes_wrong_ends_in_one_line():
     with in_new_folder():
-        raises(SystemExit, "no data at data/shakespeare/train.npy yet", run, gpt)
+        raises(SystemExit, "no data at data/shakespeare/tokenizer.json yet", run, gpt)
         raises(SystemExit, "make it first: python prepare_shakespeare.py", run, gpt)
         raises(SystemExit, "python prepare_cifar.py", run, vit)
         raises(SystemExit, "python prepare_flickr8k.py", run, mllm, "--dataset=flickr8k")
@@ -1630,7 +1639,16 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "train one first", run, mllm, "--image=a.png")
         raises(SystemExit, "train one first: python mllm.py", run, scst)
         raises(SystemExit, "train one first", run, mllm, *TOY[mllm], "--gpt_ckpt=none.pt")
+        Path("config").mkdir()
+        Path("config/eye.py").write_text('out_dir = "out/eye"\n')
+        missing = "train one first: python vit.py config/eye.py"
+        raises(SystemExit, missing, run, mllm, *TOY[mllm], "--vit_ckpt=out/eye/best.pt")
+        torch.save({"weight": torch.zeros(2)}, "other.pt")
+        raises(SystemExit, "other.pt is a checkpoint of another kind", run, mllm, *TOY[mllm], "--vit_ckpt=other.pt")
+        raises(SystemExit, "prompt is empty", run, gpt, "--prompt=")
         make_toy_data()
+        raises(SystemExit, "grad_clip=-1.0: at least 0", run, gpt, *TOY[gpt], "--grad_clip=-1.0")
+        raises(SystemExit, "starts from nothing", run, vit, *TOY[vit], "--vit_ckpt=out/vit/best.pt")
         raises(SystemExit, "not a multiple of n_head", run, gpt, *TOY[gpt], "--n_head=3")
         raises(SystemExit, "is not to be had here", run, gpt, *TOY[gpt], "--device=cuda:99")
         raises(SystemExit, "init_from=sft: scratch or resume", run, gpt, *TOY[gpt], "--init_from=sft")

@@ -291,7 +291,7 @@ class Contrast:
     def new_model(self):
         eye = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, text_embd, dropout, activation, norm, stem)
         if vit_ckpt:
-            checkpoint = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has=("n_classes",))
+            checkpoint = config.load(vit_ckpt, config.command_for("vit.py", Path(vit_ckpt).parent), has=("n_classes",))
             eye = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=text_embd, dropout=dropout)
             if eye.patch_size != patch_size:
                 config.fail(f"{vit_ckpt} has patch_size={eye.patch_size}; give that, instead of {patch_size}")
@@ -426,11 +426,17 @@ def main(argv=None):
     if eval_only:
         kind = "n_classes" if dataset == "cifar10" else "max_tokens"
         checkpoint = config.load(out / "best.pt", train_with, dev, has=(kind,))
+        if dataset == "cifar10" and n_val != checkpoint["settings"]["n_val"]:
+            config.fail(f"n_val={n_val}: the run kept {checkpoint['settings']['n_val']} images from training; give that")
+    elif vit_ckpt and dataset == "cifar10":
+        config.fail(f"vit_ckpt={vit_ckpt} is for CLIP; a classifier of CIFAR-10 starts from nothing")
 
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, n_val=n_val, n_layer=n_layer,
-                    text_layer=text_layer)
+                    n_head=n_head, text_layer=text_layer)
+    config.at_least(0, grad_clip=grad_clip)
     config.at_least(3, max_tokens=max_tokens)
-    config.shares(growth=growth, cutmix=cutmix, crop=crop, jitter=jitter)
+    config.shares(growth=growth, cutmix=cutmix, crop=crop, jitter=jitter, dropout=dropout,
+                  label_smoothing=label_smoothing, cooldown=cooldown)
     if growth and (first_size % patch_size or not 0 < first_size <= image_size):
         config.fail(f"first_size={first_size}: a multiple of patch_size={patch_size}, up to image_size={image_size}")
     task = (Classification if dataset == "cifar10" else Contrast)(dev, context)

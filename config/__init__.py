@@ -139,10 +139,21 @@ def override(stage, argv=None):
                 near = difflib.get_close_matches(key, settings, 1)
                 hint = f"did you mean {near[0]}?" if near else "--help lists them"
                 fail(f"unknown setting {key} ({where}); {hint}")
+            if value == "" and key in ("image", "prompt"):  # such as of a shell's empty variable
+                fail(f"{key} is empty; without --{key} a run trains")
             settings[key] = _cast(key, value, defaults[key][0], where)
             print(f"{key} = {settings[key]!r}  ({where})")
     stage.update(settings)
     return settings
+
+
+def command_for(stage, run):
+    """The command that fills the folder run: the stage, with the recipe that writes there if there is one."""
+    for recipe in sorted(Path("config").glob("[!_]*.py")):
+        folder, _ = read_settings(recipe).get("out_dir", ("", ""))
+        if folder and Path(folder) == Path(run):
+            return f"python {stage} {recipe}"
+    return f"python {stage}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,16 +458,17 @@ def load(path, train_with, device="cpu", has=None):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
-    if has and not any(name in checkpoint["config"] for name in has):
+    ours = isinstance(checkpoint, dict) and "config" in checkpoint
+    if not ours or (has and not any(name in checkpoint["config"] for name in has)):
         fail(f"{path} is a checkpoint of another kind than {train_with} writes")
     return checkpoint
 
 
-def resume(out_dir, init_from, settings, train_with, start="scratch"):
+def resume(out_dir, init_from, settings, train_with, start="scratch", tokenizer=None):
     """With init_from=resume the checkpoint to go on from, out_dir/last.pt; None with the stage's other word, start.
 
     A resumed run is the same run: a setting that has changed is an error, unless it only tells how long the run is or
-    when it speaks.
+    when it speaks; and so is another tokenizer (its state(), of the data) than the run began with.
     """
     if init_from not in (start, "resume"):
         fail(f"init_from={init_from}: {start} or resume")
@@ -471,6 +483,8 @@ def resume(out_dir, init_from, settings, train_with, start="scratch"):
             if name not in free:
                 fail(f"{name} is {settings[name]!r} and was {was!r} in the run to resume; it takes the same settings")
             print(f"note: {name} is {settings[name]!r}, and was {was!r} when the run began")
+    if tokenizer and checkpoint["tokenizer"] != tokenizer:
+        fail(f"the data has another tokenizer than when {out_dir} began; start anew, with init_from={start}")
     print(f"going on from {Path(out_dir) / 'last.pt'}, step {checkpoint['step']}")
     return checkpoint
 
@@ -478,7 +492,7 @@ def resume(out_dir, init_from, settings, train_with, start="scratch"):
 def set_aside(out_dir):
     """Rename the checkpoints that a new run finds in its folder to *.old.pt."""
     for old in [p for p in sorted(Path(out_dir).glob("*.pt")) if not p.name.endswith(".old.pt")]:
-        old.rename(old.with_suffix(".old.pt"))
+        old.replace(old.with_suffix(".old.pt"))
         print(f"renamed {old} to {old.with_suffix('.old.pt').name}")
 
 
@@ -600,8 +614,10 @@ def to_pixels(image, size):
 
 
 def open_images(where):
-    """[(name, PIL image)] of an image file, of each image in a folder, or of a URL."""
+    """[(name, PIL image)] of an image file, of each image in a folder, or of a URL; large ones are reduced to 1024
+    pixels, which a folder full of photos needs."""
     from PIL import Image
+    where = os.path.expanduser(where)
     if where.startswith(("http://", "https://")):
         import requests
         try:
@@ -623,7 +639,7 @@ def open_images(where):
     for name, source in sources:
         try:
             image = Image.open(source)
-            image.load()
+            image.thumbnail((1024, 1024))  # reads it, too
             images.append((name, image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
             fail(f"{name}: not an image that Pillow can read")
@@ -700,12 +716,15 @@ def load_data(path, prepare_with):
     return np.load(path, mmap_mode="r") if str(path).endswith(".npy") else json.loads(Path(path).read_text("utf-8"))
 
 
+def prepare_captions(dataset):
+    """The command that makes the folder data/<dataset> of photos and captions."""
+    return "python prepare_flickr8k.py" + (f" --source=DIR --out_dir=data/{dataset}" if dataset != "flickr8k" else "")
+
+
 def load_captioned(dataset, image_size):
     """The folder data/<dataset> that prepare_flickr8k.py wrote: images, a memory-mapped (n, 3, image_size, image_size)
     uint8 array; the table of names, captions and splits; and the state of the tokenizer."""
-    prepare = "python prepare_flickr8k.py"
-    if dataset != "flickr8k":
-        prepare += f" --source=DIR --out_dir=data/{dataset}"
+    prepare = prepare_captions(dataset)
     images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
                             for name in ("images.npy", "captions.json", "tokenizer.json"))
     if images.shape[-1] != image_size:
