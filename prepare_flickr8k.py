@@ -1,7 +1,7 @@
 """
 Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, the official splits, and a tokenizer.
 
-    python prepare_flickr8k.py                                   6,000 / 1,000 / 1,000 photos of 64x64 pixels
+    python prepare_flickr8k.py                                   6,000 / 1,000 / 1,000 photos of 96x96 pixels
     python prepare_flickr8k.py --source=DIR --out_dir=data/mine  your own: DIR/*.jpg (or DIR/Images), DIR/captions.txt
                                                                  with lines `image,caption`; split 80/10/10 by photo
 
@@ -24,7 +24,7 @@ from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
 source = ""  # a folder of your own photos with a captions.txt; empty: Flickr8k
-size = 64  # pixels a side; photos are squeezed to squares
+size = 96  # pixels a side; photos are squeezed to squares
 vocab_size = 4096  # of the tokenizer, special ids and bytes included
 
 # The publisher's own address, the second, does not always answer; no official checksum is known, so the CRCs inside the

@@ -47,7 +47,7 @@ dtype = "auto"  # bfloat16 on CUDA, else float32
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # decoding: at the end of a run, with eval_only (both beside greedy) and image
 beams = 5  # width of the beam search; 1: greedy
-length_penalty = 1.0  # beams are compared by log p / length ** length_penalty
+length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature, for image instead, with eval_only as well
 num_captions = 1  # for image: captions of each
 # reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1)
