@@ -35,7 +35,7 @@ from model import CONNECTORS, MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConf
 out_dir = "out/shapes"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": go on from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
-eval_split = "val"  # what eval_only and baselines evaluate: val or test
+eval_split = "val"  # what eval_only and baselines evaluate: train, val or test
 image = ""  # caption this file, folder or URL and stop
 judgements = ""  # Flickr8k_text.zip: print how CIDEr and BLEU agree with its human judgements and stop
 baselines = False  # print what people, the nearest photos' captions and out_dir/sft.pt score on eval_split and stop

@@ -28,7 +28,7 @@ from model import CLIP, CLIPConfig, ViT, ViTConfig, tokenizer_from_state
 out_dir = "out/cifar"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": go on from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
-eval_split = "val"  # what eval_only evaluates: val or test
+eval_split = "val"  # what eval_only evaluates: train, val or test
 image = ""  # classify this file, folder or URL and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 on CUDA, else float32
@@ -453,7 +453,7 @@ def main(argv=None):
     if task.n_train < batch_size:
         config.fail(f"batch_size={batch_size} is larger than the training set of {task.n_train} images")
     config.n_parts(batch_size, accumulation)  # fails where the batch cannot be cut so
-    resumed = config.resume(out, init_from, settings, train_with)
+    resumed = config.resume(out, init_from, settings, train_with, tokenizer=task.about.get("tokenizer"))
     torch.manual_seed(seed)
     with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
         model = task.load(resumed) if resumed else task.new_model()
