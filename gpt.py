@@ -70,10 +70,10 @@ def load_split(split):
     folder = f"data/{dataset}"
     prepare = "python prepare_shakespeare.py" if dataset == "shakespeare" else config.prepare_captions(dataset)
     state = config.load_data(f"{folder}/tokenizer.json", prepare)
-    if not Path(folder, f"{split}.npy").is_file():
-        config.fail(f"no split {split} in {folder}; there are "
-                    + ", ".join(sorted(path.stem for path in Path(folder).glob("*.npy") if path.stem != "images")))
-    return torch.from_numpy(np.load(f"{folder}/{split}.npy").astype(np.int64)), state
+    splits = [name for name in ("train", "val", "test") if Path(folder, f"{name}.npy").is_file()]
+    if splits and split not in splits:
+        config.fail(f"no split {split} in {folder}; there are {', '.join(splits)}")
+    return torch.from_numpy(config.load_data(f"{folder}/{split}.npy", prepare).astype(np.int64)), state
 
 
 def get_batch(ids):

@@ -477,11 +477,11 @@ def build_model(tokenizer):
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
     origin, loaded = {"vit": "new", "connector": "new", "gpt": "new"}, {}  # part -> checkpoint
     if vit_ckpt:
-        loaded["vit"] = config.load(vit_ckpt, config.command_for("vit.py", Path(vit_ckpt).parent), has=("n_classes", "vit"))
+        loaded["vit"] = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has=("n_classes", "vit"))
         of_vit = loaded["vit"]["config"].get("vit", loaded["vit"]["config"])  # of CLIP's, or a classifier
         vit_config = dataclasses.replace(ViTConfig(**of_vit), dropout=dropout)
     if gpt_ckpt:
-        loaded["gpt"] = config.load(gpt_ckpt, config.command_for("gpt.py", Path(gpt_ckpt).parent), has=("block_size",))
+        loaded["gpt"] = config.load(gpt_ckpt, "python gpt.py config/captions_cpu.py", has=("block_size",))
         if loaded["gpt"]["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
@@ -598,7 +598,7 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     with torch.no_grad(), context:
         tokens = model.encode(inputs.to(dev)).repeat_interleave(each, dim=0)
         prompts = model.prompt(tokens)
-        mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), counted(ids, tokenizer.eos_id)), dim=1)  # of what was written
+        mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), counted(ids, tokenizer.eos_id)), dim=1)
         log_probs = model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask).sum(dim=1).tolist()
     lines = [f"{caption}  (log p {log_p:.1f})" for caption, log_p in zip(captions, log_probs)]
     for i, line in enumerate(lines):

@@ -63,9 +63,11 @@ def read_folder(folder):
         config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}")
     captions = {}
     with open(file, newline="", encoding="utf-8-sig") as f, config.one_line(UnicodeDecodeError):
-        for row in csv.reader(f, skipinitialspace=True):
-            if len(row) >= 2 and row[:2] != ["image", "caption"]:
-                captions.setdefault(row[0], []).append(clean(", ".join(row[1:])))
+        for row in csv.reader(f):
+            text = ",".join(row[1:]).strip()  # a caption with commas and without quotes stays whole
+            if text and row[:2] != ["image", "caption"]:
+                text = text.removeprefix('"').removesuffix('"') if text[0] == '"' else text  # quoted behind a space
+                captions.setdefault(row[0], []).append(clean(text))
     images = folder / "Images" if (folder / "Images").is_dir() else folder
     for name in captions:
         if not (images / name).is_file():

@@ -168,7 +168,7 @@ def find_sft():
     if found and found[-1].parent == Path(out_dir):
         config.fail(f"out_dir={out_dir} is where {found[-1]} lies, which a new run would rename; choose another")
     if not found:
-        config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: {config.command_for('mllm.py', sft_dir)}")
+        config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{config.recipe_of(sft_dir)}")
     return found[-1]
 
 

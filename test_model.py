@@ -1489,6 +1489,7 @@ def test_vit_runs_resumes_and_classifies():
         said = run(vit, *TOY[vit], "--image=.")
         assert said.count("%") == 10 and "photo.png" in said and Path("out/vit/classified.png").exists()
         check_bad_images(vit)
+        raises(SystemExit, "n_val=9: the run kept 16", run, vit, *TOY[vit], "--eval_only=True", "--n_val=9")
         check_stage(vit, "best.pt", TOY_CLIP)
         printed = run(vit, *TOY_CLIP, "--vit_ckpt=out/vit/best.pt", "--out_dir=out/continued")
         assert "ViT of out/vit/best.pt" in printed and "by a model whose ViT started from out/vit" in printed
@@ -1497,6 +1498,10 @@ def test_vit_runs_resumes_and_classifies():
         assert "val_recall" in run(vit, *TOY_CLIP, "--eval_only=True")
         said = run(vit, *TOY_CLIP, "--image=photo.png", "--texts=a picture, said b, said a")
         assert said.count("%") == 3 and "said a " in said
+        fewer = tokenizer_from_state(json.loads(Path("data/mine/tokenizer.json").read_text())).state()
+        fewer["merges"].pop()
+        Path("data/mine/tokenizer.json").write_text(json.dumps(fewer))
+        raises(SystemExit, "the data has another tokenizer", run, vit, *TOY_CLIP, "--init_from=resume")
 
 
 def test_recall_counts_own_captions_among_the_nearest():
@@ -1536,6 +1541,11 @@ def check_bad_images(stage):
     Path("text.txt").write_text("no image")
     raises(SystemExit, "text.txt: not an image", run, stage, *TOY[stage], "--image=text.txt")
     raises(SystemExit, "no such image", run, stage, *TOY[stage], "--image=none.png")
+    for name in ("cut.png", "cut.jpg"):  # broken off in the middle
+        whole = io.BytesIO()
+        Image.effect_noise((64, 64), 50).save(whole, "png" if name.endswith("png") else "jpeg")
+        Path(name).write_bytes(whole.getvalue()[:len(whole.getvalue()) // 2])
+        raises(SystemExit, f"{name}: not an image", run, stage, *TOY[stage], f"--image={name}")
 
 
 def test_mllm_and_scst_run_resume_and_caption():
@@ -1582,6 +1592,8 @@ def test_mllm_and_scst_run_resume_and_caption():
             name for name in first if name.split(".")[0] in ("connector", "gpt")}  # autocast loses no gradient
         assert "cider" in run(scst, *TOY[scst], "--eval_only=True")
         assert "photo.png: " in run(scst, *TOY[scst], "--image=photo.png")
+        raises(SystemExit, "image_size=25 is not a multiple", run, mllm, *TOY[mllm], "--vit_ckpt=out/vit/best.pt",
+               "--fusion=cross", "--image_size=25")
         other = (*TOY[mllm], "--vit_ckpt=out/gpt/best.pt")
         raises(SystemExit, "out/gpt/best.pt is a checkpoint of another kind", run, mllm, *other)
         raises(SystemExit, "lr is 0.5 and was", run, scst, *TOY[scst], "--init_from=resume", "--lr=0.5")
@@ -1657,6 +1669,8 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "windows of block_size=9999", run, gpt, *TOY[gpt], "--block_size=9999")
         raises(SystemExit, "not a multiple of patch_size", run, vit, *TOY[vit], "--image_size=60")
         raises(SystemExit, "image_size=25 is not a multiple of patch_size=8", run, mllm, *TOY[mllm], "--image_size=25")
+        raises(SystemExit, "no checkpoint none/best.pt yet; train one first: python gpt.py config/captions_cpu.py",
+               run, mllm, *TOY[mllm], "--gpt_ckpt=none/best.pt")
         raises(SystemExit, "align_share=1.0", run, mllm, *TOY[mllm], "--align_share=1.0")
         raises(SystemExit, "dtype=float64", run, gpt, *TOY[gpt], "--dtype=float64")
         raises(SystemExit, "train one first", run, gpt, *TOY[gpt], "--init_from=resume")

@@ -291,7 +291,7 @@ class Contrast:
     def new_model(self):
         eye = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, text_embd, dropout, activation, norm, stem)
         if vit_ckpt:
-            checkpoint = config.load(vit_ckpt, config.command_for("vit.py", Path(vit_ckpt).parent), has=("n_classes",))
+            checkpoint = config.load(vit_ckpt, "python vit.py config/cifar_cpu.py", has=("n_classes",))
             eye = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=text_embd, dropout=dropout)
             if eye.patch_size != patch_size:
                 config.fail(f"{vit_ckpt} has patch_size={eye.patch_size}; give that, instead of {patch_size}")
@@ -427,7 +427,8 @@ def main(argv=None):
         kind = "n_classes" if dataset == "cifar10" else "max_tokens"
         checkpoint = config.load(out / "best.pt", train_with, dev, has=(kind,))
         if dataset == "cifar10" and n_val != checkpoint["settings"]["n_val"]:
-            config.fail(f"n_val={n_val}: the run kept {checkpoint['settings']['n_val']} images from training; give that")
+            kept = checkpoint["settings"]["n_val"]
+            config.fail(f"n_val={n_val}: the run kept {kept} images from training; give that")
     elif vit_ckpt and dataset == "cifar10":
         config.fail(f"vit_ckpt={vit_ckpt} is for CLIP; a classifier of CIFAR-10 starts from nothing")
 

@@ -147,13 +147,13 @@ def override(stage, argv=None):
     return settings
 
 
-def command_for(stage, run):
-    """The command that fills the folder run: the stage, with the recipe that writes there if there is one."""
+def recipe_of(run):
+    """The config file whose out_dir is the folder run, with a space before it; empty where there is none."""
     for recipe in sorted(Path("config").glob("[!_]*.py")):
         folder, _ = read_settings(recipe).get("out_dir", ("", ""))
         if folder and Path(folder) == Path(run):
-            return f"python {stage} {recipe}"
-    return f"python {stage}"
+            return f" {recipe}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,9 +450,12 @@ def save(path, checkpoint):
 
 
 def load(path, train_with, device="cpu", has=None):
-    """The checkpoint at path; train_with is the command that makes one, for the message when there is none; has: names
-    of which the config of such a checkpoint holds one, as those of other stages do not."""
+    """The checkpoint at path; train_with is the command that makes one, for the message when there is none (with the
+    recipe that writes to its folder, if one does); has: names of which the config of such a checkpoint holds one, as
+    those of other stages do not."""
     if not Path(path).is_file():
+        recipe = recipe_of(Path(path).parent)
+        train_with = " ".join(train_with.split()[:2]) + recipe if recipe else train_with
         fail(f"no checkpoint {path} yet; train one first: {train_with}")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -460,7 +463,7 @@ def load(path, train_with, device="cpu", has=None):
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
     ours = isinstance(checkpoint, dict) and "config" in checkpoint
     if not ours or (has and not any(name in checkpoint["config"] for name in has)):
-        fail(f"{path} is a checkpoint of another kind than {train_with} writes")
+        fail(f"{path} is a checkpoint of another kind than is needed here")
     return checkpoint
 
 
@@ -639,7 +642,8 @@ def open_images(where):
     for name, source in sources:
         try:
             image = Image.open(source)
-            image.thumbnail((1024, 1024))  # reads it, too
+            image.thumbnail((1024, 1024))
+            image.load()
             images.append((name, image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
             fail(f"{name}: not an image that Pillow can read")
