@@ -7,7 +7,7 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
     python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, people in a street"
 
 Expect 88% of the test images from config/cifar_cpu.py, in 40 minutes on two CPU cores with AVX512-BF16 (one seed); and
-from config/clip_cpu.py, of 1,000 test photos, an own caption among the ten nearest for 28%, in 6 minutes.
+from config/clip_cpu.py, of 1,000 test photos, an own caption among the ten nearest for 30%, in 8 minutes.
 Settings are overridden from the left to the right by config files and --key=value; --help lists them. A run writes
 log.csv, loss.png, the checkpoints best.pt and last.pt and, of CIFAR-10, predictions.png and confusion.png to out_dir.
 The best checkpoint is chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
