@@ -65,7 +65,7 @@ def read_folder(folder):
     with open(file, newline="", encoding="utf-8-sig") as f, config.one_line(UnicodeDecodeError):
         for row in csv.reader(f):
             text = ",".join(row[1:]).strip()  # a caption with commas and without quotes stays whole
-            if text and row[:2] != ["image", "caption"]:
+            if text and (row[0], text) != ("image", "caption"):
                 text = text.removeprefix('"').removesuffix('"') if text[0] == '"' else text  # quoted behind a space
                 captions.setdefault(row[0], []).append(clean(text))
     images = folder / "Images" if (folder / "Images").is_dir() else folder

@@ -967,7 +967,7 @@ def test_help_lists_every_setting_and_its_reason():
 def test_checkpoints_are_moved_into_place_and_hold_nothing_to_execute():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run", "best.pt")
-        config.save(path, {"model": {"w": torch.arange(3)}, "step": 2})
+        config.save(path, {"model": {"w": torch.arange(3)}, "config": {}, "step": 2})
         assert config.load(path, "train")["model"]["w"].tolist() == [0, 1, 2] and os.listdir(path.parent) == ["best.pt"]
         raises(SystemExit, "train one first: python gpt.py", config.load, Path(folder, "none.pt"), "python gpt.py")
         path.write_bytes(b"no checkpoint")
@@ -1350,7 +1350,7 @@ def run(stage, *argv):
 def make_captioned_folder(folder, n):
     """n plain images and a captions.txt with two captions of each, one of them quoted and both with a comma."""
     Path(folder).mkdir()
-    lines = ["image,caption"]
+    lines = ["image, caption"]
     for i in range(n):
         Image.new("RGB", (20, 12), (10 * i, 0, 0)).save(f"{folder}/{i}.png")
         lines += [f'{i}.png,"Picture {i}, said A ."', f"{i}.png,Picture {i},  said B."]
