@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import config
-from model import GPT, GPTConfig, tokenizer_from_state
+from model import GPT, GPTConfig, evaluating, tokenizer_from_state
 
 # the run
 out_dir = "out/shakespeare"  # checkpoints, log and pictures
@@ -60,7 +60,7 @@ max_new_tokens = 500  # length of a sample
 num_samples = 1  # continuations to write at once
 temperature = 0.8  # 0: always the likeliest token
 top_k = 0  # sample among the k likeliest tokens alone; 0: among all
-top_p = 1.0  # sample among the fewest tokens that together have this probability
+top_p = 1.0  # sample among the fewest tokens that together have this probability; 0 and 1: among all
 
 MILESTONES = (0, 0.25, 0.5, 1.0)  # shares of the run after which a sample is written: one sees it learn
 
@@ -86,17 +86,15 @@ def get_batch(ids):
 @torch.no_grad()
 def evaluate(model, ids, block_size, batch_size, dev, context):
     """Mean loss in nats a token over all of ids, in consecutive windows of block_size."""
-    model.eval()
     n = (len(ids) - 1) // block_size * block_size
     inputs, targets = ids[:n].view(-1, block_size), ids[1:n + 1].view(-1, block_size)
     batches = list(zip(inputs.split(batch_size), targets.split(batch_size))) if n else []
     if n < len(ids) - 1:  # the rest, as one shorter window
         batches.append((ids[None, n:-1], ids[None, n + 1:]))
     total = 0.0
-    for x, y in batches:
-        with context:
+    with evaluating(model), context:
+        for x, y in batches:
             total += model(x.to(dev), y.to(dev))[1].item() * y.numel()
-    model.train()
     return total / (len(ids) - 1)
 
 
@@ -130,6 +128,8 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python gpt.py (with the same config)"
     context = config.autocast(dev, dtype)
+    config.at_least(0, temperature=temperature, top_k=top_k)
+    config.shares(top_p=top_p, dropout=dropout, cooldown=cooldown)
 
     if prompt or eval_only:  # use what a run has learnt
         checkpoint = config.load(out / "best.pt", train_with, dev, has=("block_size",))
@@ -153,7 +153,6 @@ def main(argv=None):
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, block_size=block_size, n_layer=n_layer,
                     n_head=n_head)
     config.at_least(0, grad_clip=grad_clip)
-    config.shares(dropout=dropout, cooldown=cooldown)
     (train_ids, state), (val_ids, _) = load_split("train"), load_split("val")
     train_ids, tokenizer = train_ids.to(dev), tokenizer_from_state(state)
     if len(train_ids) <= block_size or len(val_ids) < 2:

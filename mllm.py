@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import config
-from model import CONNECTORS, MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, tokenizer_from_state
+from model import MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, evaluating, tokenizer_from_state
 
 # the run
 out_dir = "out/shapes"  # checkpoints, log and pictures
@@ -146,10 +146,10 @@ def draw_shapes(n, size, seed):
 
 
 def attributes(caption):
-    """The set of (size, colour, shape, place) that a caption of a drawn image speaks of."""
+    """The (size, colour, shape, place) of each thing that a caption of a drawn image speaks of, sorted."""
     things = re.findall(f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption)
     places = re.findall("|".join(PLACES), caption)
-    return {(*thing, place) for thing, place in zip(things, places)} if len(things) == len(places) else set()
+    return sorted((*thing, place) for thing, place in zip(things, places)) if len(things) == len(places) else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def bleu(candidates, references, tiny=0.0):
     return [brevity * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
 
 
-WORD_KEYS = {}  # word -> a random 64-bit number
+WORD_KEYS = {}  # word -> a 64-bit hash, the same in every run
 
 
 def word_key(word):
@@ -390,6 +390,13 @@ def counted(ids, eos_id):
     return (ids == eos_id).cumsum(dim=1) - (ids == eos_id).long() == 0
 
 
+def written_log_probs(model, tokens, ids):
+    """(n, N, C) image tokens, (n, T) ids that were written of them -> (n, T) log-probabilities; 0 after the end."""
+    prompts = model.prompt(tokens)
+    mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), counted(ids, model.config.eos_id)), dim=1)
+    return model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask)[:, prompts.size(1):]
+
+
 def by_a_person(data, photo):
     """The line that tells in pictures what a person wrote of a photo; nothing where the image is drawn."""
     return "" if data["drawn"] else f"\nhuman: {data['captions'][photo][0]}"
@@ -420,18 +427,15 @@ def caption_scores(captions, ended, references):
 @torch.no_grad()
 def caption_loss(model, data, split, max_tokens, dev, context, batch_size=250):
     """Mean loss in nats a token, of one caption a photo: the first of the first photo, the second of the second, ..."""
-    model.eval()
     total, count, photos = 0.0, 0, data["splits"][split]
-    for first in range(0, len(photos), batch_size):
-        some = photos[first:first + batch_size]
-        captions = [data["captions"][p][(first + i) % len(data["captions"][p])] for i, p in enumerate(some)]
-        with context:
-            tokens = model.encode(data["images"][some].to(dev))
-            n = model.config.n_placeholders(data["images"].size(-1))
+    n = model.config.n_placeholders(data["images"].size(-1))
+    with evaluating(model), context:
+        for first in range(0, len(photos), batch_size):
+            some = photos[first:first + batch_size]
+            captions = [data["captions"][p][(first + i) % len(data["captions"][p])] for i, p in enumerate(some)]
             inputs, targets = make_sequences(captions, n, data["tokenizer"], max_tokens)
-            loss = model(tokens, inputs.to(dev), targets.to(dev))[1]
-        total, count = total + loss.item() * (targets >= 0).sum().item(), count + (targets >= 0).sum().item()
-    model.train()
+            loss = model(data["images"][some].to(dev), inputs.to(dev), targets.to(dev))[1]
+            total, count = total + loss.item() * (targets >= 0).sum().item(), count + (targets >= 0).sum().item()
     return total / count
 
 
@@ -487,8 +491,6 @@ def build_model(tokenizer):
         gpt_config = dataclasses.replace(GPTConfig(**loaded["gpt"]["config"]), dropout=dropout)
         if gpt_config.positions == "learned":
             config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
-    if fusion not in ("prefix", "cross"):
-        config.fail(f"fusion={fusion}: prefix or cross")
     if fusion == "cross":
         config.at_least(1, cross_every=cross_every)
         gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every)
@@ -526,12 +528,10 @@ def start_phase(model, phase):
 def vit_features(model, images, dev, context, batch_size=250):
     """(n, 3, H, W) images -> (n, N, C) features of the ViT, which a frozen one need not compute again"""
     features = []
-    model.vit.eval()
-    for batch in images.split(batch_size):
-        with context:
+    with evaluating(model), context:
+        for batch in images.split(batch_size):
             features.append(model.vit.features(batch.to(dev)))
-        config.show_progress(f"features of {sum(map(len, features))}/{len(images)} photos")
-    model.vit.train()
+            config.show_progress(f"features of {sum(map(len, features))}/{len(images)} photos")
     return torch.cat(features)
 
 
@@ -544,18 +544,19 @@ def step_flops(model, data, dev):
     return flops["Global"] / len(inputs)
 
 
-def load_captioner(path, train_with, dev, with_data=False):
-    """(model, tokenizer, checkpoint) of a file that this stage or scst.py saved; with_data: in the tokenizer's place
-    the data that it was trained on, as of load_captioned(), with the tokenizer of the checkpoint in it."""
+def load_captioner(path, train_with, dev):
+    """(model, tokenizer, checkpoint) of a file that this stage or scst.py saved."""
     checkpoint = config.load(path, train_with, dev, has=("connector",))
     model = MLLM(MLLMConfig.from_dict(checkpoint["config"])).to(dev)
     model.load_state_dict(checkpoint["model"])
-    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-    if not with_data:
-        return model, tokenizer, checkpoint
+    return model, tokenizer_from_state(checkpoint["tokenizer"]), checkpoint
+
+
+def data_of(checkpoint):
+    """The data that a captioner was trained on, as of load_captioned(), with the tokenizer of its checkpoint."""
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of this stage
     data = load_captioned(sft["dataset"], sft["image_size"], sft["n_drawn"])
-    return model, data | {"tokenizer": tokenizer}, checkpoint
+    return data | {"tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}
 
 
 @torch.no_grad()
@@ -584,6 +585,7 @@ def draw_places(path, photo, words, places):
     light = torch.nn.functional.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)  # (words, 1, size, size)
     panels = [photo, *(photo * (0.15 + 0.85 * light)).byte()]
     config.save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
+    print(f"wrote {path}")
 
 
 def caption_files(path, train_with, where, out, dev, context, **decoding):
@@ -594,18 +596,18 @@ def caption_files(path, train_with, where, out, dev, context, **decoding):
     inputs = torch.stack([config.to_pixels(photo, size) for _, photo in photos])
     longest, each = checkpoint["settings"]["max_tokens"], decoding["num_captions"]
     captions, _, ids = write_captions(model, inputs, tokenizer, longest, dev, context, **decoding)
-    model.eval()  # generate() sees to that itself, encode() and log_probs() do not
-    with torch.no_grad(), context:
-        tokens = model.encode(inputs.to(dev)).repeat_interleave(each, dim=0)
-        prompts = model.prompt(tokens)
-        mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), counted(ids, tokenizer.eos_id)), dim=1)
-        log_probs = model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask).sum(dim=1).tolist()
+    log_probs = []
+    with torch.no_grad(), evaluating(model), context:
+        for some, written in zip(inputs.split(50), ids.split(50 * each)):
+            tokens = model.encode(some.to(dev)).repeat_interleave(each, dim=0)
+            log_probs += written_log_probs(model, tokens, written).sum(dim=1).tolist()
     lines = [f"{caption}  (log p {log_p:.1f})" for caption, log_p in zip(captions, log_probs)]
     for i, line in enumerate(lines):
         print(f"{photos[i // each][0]}: {line}")
     pictures = [config.to_pixels(photo, 256) for _, photo in photos]
     titles = ["\n".join(lines[i:i + each]) for i in range(0, len(lines), each)]
     config.save_grid(out / "captioned.png", pictures, titles, min(4, len(photos)))
+    print(f"wrote {out / 'captioned.png'}")
     for i, picture in enumerate(pictures[:4]):
         if captions[i * each]:
             words, places = words_and_places(model, tokenizer, inputs[i:i + 1].to(dev), captions[i * each], longest)
@@ -649,8 +651,11 @@ def nearest_captions(data, split, k=20):
     return chosen
 
 
-def print_baselines(path, data, split, dev, context):
-    """A table of what people, nearest photos and, if there is one, the model at path score on a split."""
+def print_baselines(path, split, dev, context):
+    """A table of what people and nearest photos score on a split of the data of the captioner at path, and it too;
+    where there is none, of the data that the settings name."""
+    model, tokenizer, checkpoint = load_captioner(path, "", dev) if path.is_file() else (None, None, None)
+    data = data_of(checkpoint) if model else load_captioned(dataset, image_size, n_drawn)
     photos = data["splits"][split]
     five = [data["captions"][p] for p in photos]
     if min(map(len, five)) < 2:
@@ -659,8 +664,7 @@ def print_baselines(path, data, split, dev, context):
     rows = {"people: the first caption against the others": ([refs[0] for refs in five], four),
             "nearest training photos against the same others": (alike, four),
             "nearest training photos, all references": (alike, five)}
-    if path.is_file():
-        model, tokenizer, checkpoint = load_captioner(path, "python mllm.py", dev)
+    if model:
         longest = checkpoint["settings"]["max_tokens"]
         captions, *_ = write_captions(model, data["images"][photos], tokenizer, longest, dev, context)
         rows |= {f"{path} against the same others": (captions, four), f"{path}, all references": (captions, five)}
@@ -710,7 +714,9 @@ def main(argv=None):
     config.at_least(1, beams=beams, num_captions=num_captions, eval_interval=eval_interval, batch_size=batch_size,
                     captions_per_photo=captions_per_photo, vit_layer=vit_layer, vit_head=vit_head, gpt_layer=gpt_layer,
                     gpt_head=gpt_head, max_tokens=max_tokens)
-    config.at_least(0, grad_clip=grad_clip)
+    config.at_least(0, grad_clip=grad_clip, temperature=temperature)
+    config.one_of(("train", "val", "test"), eval_split=eval_split)
+    config.one_of(("prefix", "cross"), fusion=fusion)
     config.shares(crop=crop, jitter=jitter, word_dropout=word_dropout, label_smoothing=label_smoothing, dropout=dropout,
                   cooldown=cooldown)
     if not 0 <= align_share < 1:
@@ -725,22 +731,19 @@ def main(argv=None):
         return
 
     if eval_only:
-        model, data, checkpoint = load_captioner(out / "sft.pt", train_with, dev, with_data=True)
-        if eval_split not in data["splits"]:
-            config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
+        model, _, checkpoint = load_captioner(out / "sft.pt", train_with, dev)
         longest = checkpoint["settings"]["max_tokens"]
-        scores, _ = evaluate_each_way(model, data, eval_split, longest, dev, context, beams, length_penalty,
-                                      temperature)
+        scores, _ = evaluate_each_way(model, data_of(checkpoint), eval_split, longest, dev, context, beams,
+                                      length_penalty, temperature)
         print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
               + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         return
 
-    data = load_captioned(dataset, image_size, n_drawn)
     if baselines:
-        if eval_split not in data["splits"]:
-            config.fail(f"eval_split={eval_split}: {', '.join(data['splits'])}")
-        print_baselines(out / "sft.pt", data, eval_split, dev, context)
+        print_baselines(out / "sft.pt", eval_split, dev, context)
         return
+
+    data = load_captioned(dataset, image_size, n_drawn)
     tokenizer, splits = data["tokenizer"], data["splits"]
     resumed = config.resume(out, init_from, settings, train_with, tokenizer=tokenizer.state())
     torch.manual_seed(seed)

@@ -3,7 +3,7 @@ Every part of a multimodal transformer, each built from the ones before it:
 
     1. tokenizers      CharTokenizer, BPETokenizer
     2. attention       scaled_dot_product_attention, KVCache, RotaryEmbedding, MultiHeadAttention; masks
-    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, positions
+    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, positions; evaluating
     4. blocks          EncoderBlock, DecoderBlock
     5. stacks          TransformerEncoder, TransformerDecoder, Transformer (the encoder-decoder of 2017)
     6. vision          PatchEmbedding, AttentionPooling, ViT
@@ -14,6 +14,7 @@ Shapes: (B, T, C) = batch, time, channels; (B, N, C) for image tokens; (B, n_hea
 Masks are boolean, True = may attend, and broadcast to (B, n_head, Tq, Tk). A row that may attend nowhere gives zeros.
 """
 
+import contextlib
 import heapq
 import math
 import re
@@ -341,6 +342,17 @@ def make_norm(kind, n_embd):
     return LayerNorm(n_embd) if kind == "layer" else RMSNorm(n_embd)
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """A block in which the model drops nothing; after it the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class Dropout(nn.Module):
     """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
 
@@ -353,6 +365,8 @@ class Dropout(nn.Module):
     def __init__(self, p):
         super().__init__()
         self.p, self.part = round(256 * p) / 256, (0, 1)
+        if not 0 <= self.p < 1:
+            raise ValueError(f"dropout={p}: at least 0 and below 1, or nothing is left")
 
     def forward(self, x):
         if not self.training or self.p == 0:
@@ -570,16 +584,15 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, source, bos_id, eos_id, max_new_tokens):
         """Greedy, cached translation: (B, Ts) ids -> (B, T) ids, bos first, ended rows filled with eos_id."""
-        was_training = self.training
-        self.eval()
-        memory, caches = self.encode(source), self.decoder.new_caches(max_new_tokens, source.size(1))
         out = torch.full((source.size(0), 1), bos_id, device=source.device)
         ended = torch.zeros_like(out, dtype=torch.bool)
-        while out.size(1) <= max_new_tokens and not ended.all():
-            token = self.decode(out[:, -1:], memory, source, caches).argmax(dim=-1).masked_fill(ended, eos_id)  # (B, 1)
-            ended |= token == eos_id
-            out = torch.cat((out, token), dim=1)
-        self.train(was_training)
+        with evaluating(self):
+            memory, caches = self.encode(source), self.decoder.new_caches(max_new_tokens, source.size(1))
+            while out.size(1) <= max_new_tokens and not ended.all():
+                token = self.decode(out[:, -1:], memory, source, caches).argmax(dim=-1)  # (B, 1)
+                token = token.masked_fill(ended, eos_id)
+                ended |= token == eos_id
+                out = torch.cat((out, token), dim=1)
         return out
 
 
@@ -794,18 +807,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
-               prompt=None, memory=None, never=None, num_samples=1):
+               prompt=None, memory=None, head=None, num_samples=1):
         """Yields the next ids, one position at a time; what generate() takes, and prompt: embeddings that stand in for
-        those of ids; memory: see hidden(); never: an id that is not to be written; num_samples: continuations of each
-        prompt, which is read once for all of them: (B * num_samples,) ids, prompt by prompt.
+        those of ids; memory: see hidden(); head: an output layer in the place of self.head; num_samples: continuations
+        of each prompt, which is read once for all of them: (B * num_samples,) ids, prompt by prompt.
 
         The cache serves as long as the text fits block_size. Then the newer half of it is read afresh into an empty
         cache, so that the cost of a token stays bounded; the model forgets what came before that half.
         """
-        block_size, was_training = self.config.block_size, self.training
+        block_size, head = self.config.block_size, head or self.head
         new_caches = lambda: self.decoder.new_caches(block_size, 0 if memory is None else memory.size(1))
-        self.eval()
-        try:
+        with evaluating(self):
             rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(num_samples)
             ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
             columns, caches = list(ids[rows].unbind(dim=1)), new_caches()
@@ -814,12 +826,10 @@ class GPT(nn.Module):
                 if caches[0][0].length + x.size(1) > block_size:
                     newer = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
                     caches, x = new_caches(), self.embedding(newer)
-                logits = self.head(self.hidden(x, caches, memory)[:, -1])  # (B, vocab_size)
+                logits = head(self.hidden(x, caches, memory)[:, -1])  # (B, vocab_size)
                 if i == 0 and num_samples > 1:
                     logits, memory = logits[rows], None if memory is None else memory[rows]
                     select_rows(caches, rows)
-                if never is not None:
-                    logits[:, never] = -math.inf
                 token = sample_next(logits, temperature, top_k, top_p, generator, self.part)
                 if eos_id is not None:
                     token = token.masked_fill(ended, eos_id)
@@ -829,8 +839,6 @@ class GPT(nn.Module):
                     return
                 columns.append(token)
                 x = self.embedding(token[:, None])
-        finally:
-            self.train(was_training)
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None):
         """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: prompt and continuation.
@@ -842,17 +850,15 @@ class GPT(nn.Module):
         return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1) if tokens else ids
 
     @torch.no_grad()
-    def beam_search(self, ids, max_new_tokens, beams, eos_id, length_penalty=1.0, prompt=None, memory=None, never=None):
+    def beam_search(self, ids, max_new_tokens, beams, eos_id, length_penalty=1.0, prompt=None, memory=None, head=None):
         """The continuations of ids (B, T) that score best among those that a beam search finds: (B, beams, n) ids, n <=
         max_new_tokens, best first and filled with eos_id after their end, and their (B, beams) scores.
 
         The score is log p / length ** length_penalty, the end counted in the length (0: log p itself, which prefers
         short texts). At each position the best continuations are kept, ended ones among them, as many as there are
-        beams. prompt, memory, never: as in stream().
+        beams. prompt, memory, head: as in stream().
         """
-        was_training = self.training
-        self.eval()
-        B, device = ids.size(0), ids.device
+        B, device, head = ids.size(0), ids.device, head or self.head
         first = torch.arange(B, device=device)[:, None] * beams  # (B, 1), the row of each prompt's first beam
         total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam, the others wait
         total[:, 0] = 0.0
@@ -861,11 +867,9 @@ class GPT(nn.Module):
         tokens = ids.new_empty(B, beams, 0)
         caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
         x, scores = self.embedding(ids) if prompt is None else prompt, total
-        try:
+        with evaluating(self):
             while tokens.size(2) < max_new_tokens and not ended.all():
-                logits = self.head(self.hidden(x, caches, memory)[:, -1]).float()
-                if never is not None:
-                    logits[:, never] = -math.inf
+                logits = head(self.hidden(x, caches, memory)[:, -1]).float()
                 log_p = logits.log_softmax(dim=-1)  # (B, vocab_size) at first, then (B * beams, vocab_size)
                 if tokens.size(2) == 0:  # the prompt is read once for all beams
                     rows = torch.arange(B, device=device).repeat_interleave(beams)
@@ -883,8 +887,6 @@ class GPT(nn.Module):
                 for cache, _ in caches:  # all beams of a prompt have the same memory
                     cache.select((first + beam).flatten())
                 x = self.embedding(token.view(-1, 1))
-        finally:
-            self.train(was_training)
         return tokens, scores
 
 
@@ -991,15 +993,17 @@ class MLLMConfig:
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
+    def __post_init__(self):
+        if self.connector not in CONNECTORS:
+            raise ValueError(f"connector {self.connector!r}: {', '.join(CONNECTORS)}")
+
     @classmethod
     def from_dict(cls, d):
         """Of dataclasses.asdict(config)."""
         return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})
 
     def n_image_tokens(self, image_size):
-        """How many tokens an image of image_size x image_size pixels becomes."""
-        if self.connector not in CONNECTORS:
-            raise ValueError(f"connector {self.connector!r}: {', '.join(CONNECTORS)}")
+        """How many tokens an image of image_size x image_size pixels becomes; ValueError where it cannot be cut so."""
         if image_size % self.vit.patch_size:
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
         return CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
@@ -1024,7 +1028,6 @@ class MLLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        config.n_image_tokens(config.vit.image_size)  # fails where connector and sizes do not fit
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
         init_weights(self.connector)
@@ -1070,14 +1073,12 @@ class MLLM(nn.Module):
         return F.linear(x, self.gpt.head.weight, self.never)
 
     def _score(self, x, targets):
-        """What (B, T, C) says of (B, T) targets where those are not -1: n, how many they are; (m, vocab_size) logits of
-        the n and then of some others, since a matrix product of a new size is slow on CPUs; (m,) targets, those of the
-        others -1; (m,) where each stands in the flattened targets."""
+        """What (B, T, C) says where (B, T) targets are not -1: (n, vocab_size) logits, the (n,) targets, and where each
+        stands in the flattened targets. The product has 256 rows or a multiple: a new size is slow on CPUs."""
         where = (targets.flatten() >= 0).nonzero().squeeze(1)
-        n = len(where)
-        where = F.pad(where, (0, -n % 256))
-        targets = targets.flatten()[where].index_fill(0, torch.arange(n, len(where), device=x.device), -1)
-        return n, self.logits(x.flatten(0, 1)[where]).float(), targets, where
+        padded = F.pad(where, (0, -len(where) % 256))
+        logits = self.logits(x.flatten(0, 1)[padded])[:len(where)].float()
+        return logits, targets.flatten()[where], where
 
     def forward(self, images, ids, targets=None, label_smoothing=0.0):
         """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the (n,
@@ -1086,12 +1087,12 @@ class MLLM(nn.Module):
         x = self.hidden(images, ids)
         if targets is None:
             return self.logits(x), None
-        n, logits, targets, _ = self._score(x, targets)
-        loss = F.cross_entropy(logits, targets, ignore_index=-1)
+        logits, targets, _ = self._score(x, targets)
+        loss = F.cross_entropy(logits, targets)
         if label_smoothing:
-            log_p = logits[:n].log_softmax(dim=-1).masked_fill(self.never < 0, 0.0)  # the placeholder is no target
+            log_p = logits.log_softmax(dim=-1).masked_fill(self.never < 0, 0.0)  # the placeholder is no target
             loss = (1 - label_smoothing) * loss - label_smoothing * log_p.sum(dim=-1).mean() / (logits.size(-1) - 1)
-        return logits[:n], loss
+        return logits, loss
 
     def log_probs(self, images, ids, mask=None):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, at placeholders, and where the (B,
@@ -1099,9 +1100,9 @@ class MLLM(nn.Module):
         x, memory = self.embed(images, ids)
         wanted = ids != self.config.image_id if mask is None else mask & (ids != self.config.image_id)
         targets = ids.masked_fill(~wanted, -1)[:, 1:]  # (B, T - 1)
-        n, logits, some, where = self._score(self.gpt.hidden(x[:, :-1], memory=memory), targets)
-        log_p = -F.cross_entropy(logits, some, ignore_index=-1, reduction="none")[:n]
-        return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where[:n], log_p).view_as(targets), (1, 0))
+        logits, wanted, where = self._score(self.gpt.hidden(x[:, :-1], memory=memory), targets)
+        log_p = -F.cross_entropy(logits, wanted, reduction="none")  # (n,)
+        return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where, log_p).view_as(targets), (1, 0))
 
     @torch.no_grad()
     def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None,
@@ -1114,23 +1115,20 @@ class MLLM(nn.Module):
         """
         if num_captions > 1 and not temperature and beams < num_captions:
             raise ValueError(f"num_captions={num_captions} needs as many beams, or samples (temperature above 0)")
-        was_training, c = self.training, self.config
-        self.eval()
-        try:
+        c = self.config
+        with evaluating(self):
             tokens = images if images.dim() == 3 else self.encode(images)
             ids = self.prompt(tokens) if ids is None else ids
             room = c.gpt.block_size - ids.size(1) + 1  # the last token is not read again
             if room < 1:
                 raise ValueError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
             n, (x, memory) = min(max_new_tokens, room), self.embed(tokens, ids)
-            how = dict(prompt=x, memory=memory, never=c.image_id)
+            how = dict(prompt=x, memory=memory, head=self.logits)
             if beams > 1 and not temperature:
                 written, _ = self.gpt.beam_search(ids, n, beams, c.eos_id, length_penalty, **how)
                 return written[:, :num_captions].flatten(0, 1)
             new = list(self.gpt.stream(ids, n, temperature, top_k, top_p, c.eos_id, generator,
                                        num_samples=num_captions, **how))
-        finally:
-            self.train(was_training)
         return torch.stack(new, dim=1) if new else ids[:, :0]
 
     @torch.no_grad()
@@ -1142,12 +1140,11 @@ class MLLM(nn.Module):
         watched = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
         watched = [attn for attn in watched if attn is not None]
         pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
-        was_training = self.training
-        self.eval()
         try:
             for attn in watched + pools:
                 attn.watched = True
-            self.hidden(images, ids)
+            with evaluating(self):
+                self.hidden(images, ids)
             seen = torch.stack([attn.weights.float().mean(dim=1) for attn in watched]).mean(dim=0)  # (B, T, Tk)
             if not self.config.gpt.cross_every:
                 (B, T), n = ids.shape, mask[0].sum()
@@ -1157,7 +1154,6 @@ class MLLM(nn.Module):
         finally:
             for attn in watched + pools:
                 attn.watched, attn.weights = False, None
-            self.train(was_training)
         return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 
 

@@ -683,7 +683,7 @@ def test_mllm_errors_for_wrong_counts_long_input_and_unknown_connectors():
     raises(ValueError, "0 placeholders for 2 images", model, photos(2), torch.tensor([[1, 5]]))
     raises(ValueError, "block_size=24", model, photos(1), full)
     raises(ValueError, "block_size=24", model.generate, photos(1), full)  # no room to write in
-    raises(ValueError, "'qformer'", MLLM, MLLMConfig(connector="qformer"))
+    raises(ValueError, "'qformer'", MLLMConfig, ViTConfig(), GPTConfig(), "qformer")
 
 
 def test_mllm_text_sees_the_image_before_it_and_nothing_sees_later_text():
@@ -833,7 +833,7 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
         wanted = [texts[j] + [2] * (3 - len(texts[j])) for row in best.indices.tolist() for j in row]
         assert found.tolist() == wanted
         x, _ = model.embed(images, prompt)
-        got = model.gpt.beam_search(prompt, 3, 200, 2, penalty, prompt=x, never=3)[1][:, :3]
+        got = model.gpt.beam_search(prompt, 3, 200, 2, penalty, prompt=x, head=model.logits)[1][:, :3]
         close(got, best.values, 1e-4)
 
 
@@ -843,9 +843,9 @@ def test_a_beam_of_one_is_greedy_and_more_are_at_least_as_likely():
         tokens = model.eval().encode(images)
         prompt = model.prompt(tokens)
         x, memory = model.embed(tokens, prompt)
-        one, score = model.gpt.beam_search(prompt, 10, 1, 2, 0.0, prompt=x, memory=memory, never=3)
+        one, score = model.gpt.beam_search(prompt, 10, 1, 2, 0.0, prompt=x, memory=memory, head=model.logits)
         assert one[:, 0].equal(model.generate(images, max_new_tokens=10))
-        wide = model.gpt.beam_search(prompt, 10, 8, 2, 0.0, prompt=x, memory=memory, never=3)[1]
+        wide = model.gpt.beam_search(prompt, 10, 8, 2, 0.0, prompt=x, memory=memory, head=model.logits)[1]
         assert (wide[:, 0] >= score[:, 0] - 1e-5).all() and (wide.diff(dim=1) <= 0).all()
 
 
@@ -1215,10 +1215,14 @@ def test_advantages_of_both_baselines():
 
 
 def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
-    log_probs = torch.zeros(2, 4, requires_grad=True)
-    sampled, eos = torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), 2
-    scst.scst_loss(log_probs, sampled, torch.tensor([3.0, -6.0]), eos).backward()
-    assert torch.allclose(log_probs.grad, torch.tensor([[-3.0, -3, 0, 0], [6.0, 6, 6, 6]]))
+    model, sampled = shake(tiny_mllm()), torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]])  # 2 is the end token
+    tokens = model.encode(photos(2)).detach()
+    every = model.log_probs(tokens, torch.cat((model.prompt(tokens), sampled), dim=1))[:, -4:]
+    log_probs = mllm.written_log_probs(model, tokens, sampled)
+    close(log_probs, every * torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]]))
+    log_probs.retain_grad()
+    scst.scst_loss(log_probs, torch.tensor([3.0, -6.0])).backward()
+    close(log_probs.grad, torch.tensor([[-3.0] * 4, [6.0] * 4]))
 
 
 def test_captions_for_evaluation_are_written_without_dropout():
@@ -1246,12 +1250,13 @@ def test_drawn_images_show_what_their_five_captions_say():
     again, _ = mllm.draw_shapes(40, 48, seed=1)
     assert images.shape == (40, 3, 48, 48) and images.dtype == np.uint8 and np.array_equal(images, again)
     for image, five in zip(images, captions):
-        said = {frozenset(mllm.attributes(c)) for c in five}
+        said = {tuple(mllm.attributes(c)) for c in five}
         assert len(set(five)) == 5 and len(said) == 1 and len(next(iter(said))) in (1, 2)
         for _, colour, _, place in next(iter(said)):  # the middle of the named place has the named colour
             row, column = divmod(mllm.PLACES.index(place), 3)
             assert np.abs(image[:, 8 + 16 * row, 8 + 16 * column].astype(int) - mllm.COLOURS[colour]).max() < 60
-    assert mllm.attributes("a small red circle") == set() != mllm.attributes("a small red circle in the top left")
+    one = "a small red circle in the top left"
+    assert mllm.attributes("a small red circle") == [] != mllm.attributes(one) != mllm.attributes(f"{one} and {one}")
 
 
 def test_sequences_put_the_image_first_and_shift_targets_by_one():
@@ -1383,7 +1388,7 @@ TOY = {  # at least one source of randomness of each kind is on: batches, dropou
            "--vit_embd=16", "--gpt_layer=1", "--gpt_head=2", "--gpt_embd=16", "--dropout=0.1", "--align_share=0.5",
            "--captions_per_photo=2", "--mirror=True", "--crop=0.8", "--jitter=0.1", "--word_dropout=0.1",
            "--out_dir=out/mllm"),
-    scst: (*COMMON, "--batch_size=4", "--sft_dir=out/mllm", "--out_dir=out/scst"),
+    scst: (*COMMON, "--batch_size=4", "--sft_dir=out/mllm", "--dropout=True", "--crop=0.6", "--out_dir=out/scst"),
 }
 TOY_CLIP = (*TOY[vit][:-1], "--dataset=mine", "--image_size=16", "--first_size=8", "--text_layer=1", "--text_embd=16",
             "--max_tokens=12", "--out_dir=out/clip")
@@ -1571,7 +1576,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         sampled = ("--num_captions=3", "--temperature=1.0", "--beams=1")
         assert run(mllm, *TOY[mllm], "--image=photo.png", *sampled).count("photo.png: ") == 3
         check_bad_images(mllm)
-        table = run(mllm, *TOY[mllm], "--baselines=True")
+        table = run(mllm, "--baselines=True", "--device=cpu", "--out_dir=out/mllm")  # on the data of that run
         assert all(name in table for name in ("people", "nearest", "out/mllm/sft.pt"))
         crossed = (*TOY[mllm], "--fusion=cross", "--connector=abstractor", "--gpt_layer=2", "--cross_every=2")
         run(mllm, *crossed, "--out_dir=out/crossed")
@@ -1586,6 +1591,12 @@ def test_mllm_and_scst_run_resume_and_caption():
         for more in (("--baseline=leave_one_out", "--samples=3"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
             assert "before" in said and "after" in said and "validation CIDEr" in said
+        rows = []
+        for dropout in (True, False):
+            run(scst, *TOY[scst], "--max_steps=1", "--eval_interval=1", f"--dropout={dropout}", "--out_dir=out/once")
+            rows.append(log_rows("out/once")[1])
+        (drop, keep), same = rows, ("reward", "length", "distinct")  # samples are drawn without dropout, learnt from with
+        assert drop["loss"] != keep["loss"] and [drop[name] for name in same] == [keep[name] for name in same]
         run(scst, *TOY[scst], "--dtype=bfloat16", "--out_dir=out/bf16")
         first, last = (config.load(f"out/{name}.pt", "")["model"] for name in ("mllm/sft", "bf16/last"))
         assert {name for name in first if not torch.equal(first[name], last[name])} == {
@@ -1672,6 +1683,11 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "no checkpoint none/best.pt yet; train one first: python gpt.py config/captions_cpu.py",
                run, mllm, *TOY[mllm], "--gpt_ckpt=none/best.pt")
         raises(SystemExit, "align_share=1.0", run, mllm, *TOY[mllm], "--align_share=1.0")
+        raises(SystemExit, "connector 'qformer': linear", run, mllm, *TOY[mllm], "--connector=qformer")
+        raises(SystemExit, "fusion=none: prefix or cross", run, mllm, *TOY[mllm], "--fusion=none")
+        raises(SystemExit, "eval_split=none: train, val or test", run, mllm, *TOY[mllm], "--eval_split=none")
+        raises(SystemExit, "dropout=1.0: at least 0 and below 1", run, gpt, *TOY[gpt], "--dropout=1.0")
+        raises(SystemExit, "temperature=-0.8: at least 0", run, gpt, *TOY[gpt], "--temperature=-0.8")
         raises(SystemExit, "dtype=float64", run, gpt, *TOY[gpt], "--dtype=float64")
         raises(SystemExit, "train one first", run, gpt, *TOY[gpt], "--init_from=resume")
 

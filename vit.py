@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import config
-from model import CLIP, CLIPConfig, ViT, ViTConfig, tokenizer_from_state
+from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
 # the run
 out_dir = "out/cifar"  # checkpoints, log and pictures
@@ -94,6 +94,14 @@ def size_at(progress):
     return sizes[int(len(sizes) * progress / growth)]
 
 
+def load_model(checkpoint):
+    """The classifier or the CLIP that a run of this stage has saved."""
+    c = checkpoint["config"]
+    model = ViT(ViTConfig(**c)) if "classes" in checkpoint else CLIP(CLIPConfig.from_dict(c))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # CIFAR-10: what is on the image?
 
@@ -126,14 +134,12 @@ def mix(images, labels, n_classes):
 @torch.no_grad()
 def predict(model, images, dev, context, mirrored, batch_size=500):
     """(n, 3, H, W) -> (n, n_classes) float32 logits, on the CPU; mirrored: the mean with those of the mirror images"""
-    model.eval()
     logits, size = [], model.config.image_size
-    for batch in images.split(batch_size):
-        with context:
+    with evaluating(model), context:
+        for batch in images.split(batch_size):
             x = resize(batch.to(dev), size)
             both = [model(view)[0].float() for view in ((x, x.flip(3)) if mirrored else (x,))]
-        logits.append(torch.stack(both).mean(dim=0).cpu())
-    model.train()
+            logits.append(torch.stack(both).mean(dim=0).cpu())
     return torch.cat(logits)
 
 
@@ -157,9 +163,7 @@ class Classification:
                              norm, stem, label_smoothing, tuple(mean), tuple(std)))
 
     def load(self, checkpoint):
-        model = ViT(ViTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-        return model
+        return load_model(checkpoint)
 
     def example(self, model, size):
         """The loss of one image, for counting arithmetic."""
@@ -228,12 +232,11 @@ def report(confusion, classes, path):
 def draw_predictions(model, images, labels, classes, path, dev, context):
     """Draw images (n, 3, H, W), each beside itself lit by how much the pooling attends to its parts, with the class
     that the model sees; where it is wrong, a red frame and what it is."""
-    model.eval()
     n, size = len(images), 128  # pixels a side of a picture
-    with context:
-        x = resize(images.to(dev), model.config.image_size)
-        weights = model.pool.weights(model.features(x)).float().mean(dim=2)  # (n, N), the mean of the heads
-        said = model(x)[0].argmax(dim=1).tolist()
+    with evaluating(model), context:
+        features = model.features(resize(images.to(dev), model.config.image_size))
+        weights = model.pool.weights(features).float().mean(dim=2)  # (n, N), the mean of the heads
+        said = model.head(model.pool(features)).argmax(dim=1).tolist()
     grid = (weights / weights.amax(dim=1, keepdim=True)).view(n, 1, model.grid, model.grid)
     light = F.interpolate(grid, (size, size), mode="bilinear").cpu()  # (n, 1, size, size)
     photos = F.interpolate(images.float(), (size, size))
@@ -244,8 +247,8 @@ def draw_predictions(model, images, labels, classes, path, dev, context):
             frame = torch.ones(picture.shape[1:], dtype=torch.bool)
             frame[4:-4, 4:-4] = False
             picture[:, frame] = torch.tensor([[220], [30], [30]], dtype=torch.uint8)
-    model.train()
     config.save_grid(path, list(pictures), titles, columns=5)
+    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,12 +267,10 @@ def pad(texts, tokenizer, max_tokens):
 @torch.no_grad()
 def embed(model, images, size, texts, tokenizer, dev, context, batch_size=500):
     """(n, 3, H, W) images, brought to size, and a list of m str -> (n, d) and (m, d) unit vectors, on the CPU"""
-    model.eval()
     longest = model.config.max_tokens
-    with context:
+    with evaluating(model), context:
         seen = [model.embed_images(resize(some.to(dev), size)).cpu() for some in images.split(batch_size)]
         read = [model.embed_texts(some.to(dev)).cpu() for some in pad(texts, tokenizer, longest).split(batch_size)]
-    model.train()
     return torch.cat(seen), torch.cat(read)
 
 
@@ -304,10 +305,8 @@ class Contrast:
         return model
 
     def load(self, checkpoint):
-        model = CLIP(CLIPConfig.from_dict(checkpoint["config"]))
         self.tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        model.load_state_dict(checkpoint["model"])
-        return model
+        return load_model(checkpoint)
 
     def example(self, model, size):
         ids = pad(["a"], self.tokenizer, max_tokens).to(self.dev)
@@ -330,7 +329,6 @@ class Contrast:
             with self.context:
                 return torch.stack(run_model(resize(x[part], size), ids[part]))  # (2, b, d): photos, texts
 
-        everyone = torch.empty(2, batch_size, 0)
         if n_parts > 1:
             with torch.no_grad():
                 mine = [embed_part(part) for part in config.parts(model, batch_size, accumulation, seed, step)]
@@ -393,17 +391,15 @@ def classify(checkpoint, where, out, dev, context):
     photos = config.open_images(where)
     size = checkpoint["image_transform"]["size"]  # of the training images: a photo is to look like them
     inputs, titles = torch.stack([config.to_pixels(photo, size) for _, photo in photos]), []
+    model = load_model(checkpoint).to(dev)
     if "classes" in checkpoint:
-        model, names = ViT(ViTConfig(**checkpoint["config"])).to(dev), checkpoint["classes"]
-        model.load_state_dict(checkpoint["model"])
-        logits = predict(model, inputs, dev, context, mirror_eval)
+        names, logits = checkpoint["classes"], predict(model, inputs, dev, context, mirror_eval)
     else:
-        model, tokenizer = CLIP(CLIPConfig.from_dict(checkpoint["config"])).to(dev), checkpoint["tokenizer"]
-        model.load_state_dict(checkpoint["model"])
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         names = [text.lower().strip(" .") for text in texts.split(",") if text.strip(" .")]  # as in the training
         if not names:
             config.fail('texts is empty: what is the image to be taken for? Such as --texts="a dog, a cat"')
-        seen, read = embed(model, inputs, size, names, tokenizer_from_state(tokenizer), dev, context)
+        seen, read = embed(model, inputs, size, names, tokenizer, dev, context)
         logits = model.logits(seen.to(dev), read.to(dev)).cpu()
     for (name, _), row in zip(photos, logits):
         top = row.softmax(dim=0).topk(min(5, len(names)))
@@ -412,6 +408,7 @@ def classify(checkpoint, where, out, dev, context):
         titles.append("\n".join([name, *lines]))
     pictures = [config.to_pixels(photo, 256) for _, photo in photos]
     config.save_grid(out / "classified.png", pictures, titles, min(4, len(photos)))
+    print(f"wrote {out / 'classified.png'}")
 
 
 @config.one_line_errors
@@ -419,6 +416,7 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     dev, out, train_with = config.pick_device(device), Path(out_dir), "python vit.py (with the same config)"
     context = config.autocast(dev, dtype)
+    config.one_of(("train", "val", "test"), eval_split=eval_split)
     if image:
         checkpoint = config.load(out / "best.pt", train_with, dev, has=("n_classes", "max_tokens"))
         classify(checkpoint, image, out, dev, context)
@@ -443,8 +441,6 @@ def main(argv=None):
     task = (Classification if dataset == "cifar10" else Contrast)(dev, context)
     if eval_only:
         model = task.load(checkpoint).to(dev)
-        if eval_split not in ("train", "val", "test"):
-            config.fail(f"eval_split={eval_split}: train, val, test")
         scores, details = task.evaluate(model, eval_split)
         print(f"{out / 'best.pt'}, step {checkpoint['step']}: "
               + " | ".join(f"{eval_split}{name} {value:.4g}" for name, value in scores.items()))

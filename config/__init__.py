@@ -183,8 +183,7 @@ def pick_device(device):
 
 def autocast(device, dtype):
     """Context in which matrix products run in dtype: "float32", "bfloat16", or "auto" (bfloat16 on CUDA alone)."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        fail(f"dtype={dtype}: auto, float32 or bfloat16")
+    one_of(("auto", "float32", "bfloat16"), dtype=dtype)
     bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -347,6 +346,13 @@ def at_least(least, **settings):
             fail(f"{name}={value}: at least {least}")
 
 
+def one_of(choices, **settings):
+    """End the run in one line where one of the settings is not among the choices."""
+    for name, value in settings.items():
+        if value not in choices:
+            fail(f"{name}={value}: {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def check_finite(loss, step, out_dir):
     """The loss, a number or a scalar tensor, as a float; where it is not finite the run ends and names the step."""
     if not math.isfinite(loss):
@@ -473,8 +479,7 @@ def resume(out_dir, init_from, settings, train_with, start="scratch", tokenizer=
     A resumed run is the same run: a setting that has changed is an error, unless it only tells how long the run is or
     when it speaks; and so is another tokenizer (its state(), of the data) than the run began with.
     """
-    if init_from not in (start, "resume"):
-        fail(f"init_from={init_from}: {start} or resume")
+    one_of((start, "resume"), init_from=init_from)
     if init_from == start:
         return None
     checkpoint = load(Path(out_dir) / "last.pt", train_with)
@@ -600,7 +605,6 @@ def save_grid(path, images, titles, columns=4, width=34):
     figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / 2.6)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-    print(f"wrote {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
-"""SCST of the Flickr8k captioner on two CPU cores: 10 minutes of training."""
+"""SCST of the Flickr8k captioner on two CPU cores: 22 minutes of training."""
 out_dir = "out/flickr8k_scst_cpu"
 sft_dir = "out/flickr8k_cpu"  # python mllm.py config/flickr8k_cpu.py
 dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
-max_minutes = 10.0
+max_minutes = 22.0
 batch_size = 48  # photos
 samples = 4  # captions each
 baseline = "leave_one_out"  # 0.8 of CIDEr above greedy after 300 steps, the mean of two seeds
+dropout = True  # this and the next two: the reward on the training photos rises less, that on others more
+crop = 0.3
+jitter = 0.4
 lr = 2e-4
 eval_interval = 200
