@@ -44,7 +44,7 @@ eval_split = "val"  # what eval_only evaluates: train, val or test
 image = ""  # caption this file, folder or URL and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 on CUDA, else float32
-seed = 1337  # of everything random: batches, augmentation, samples, dropout
+seed = 1337  # of everything random: batches, augmentation, samples
 # decoding: at the end of a run, with eval_only (both beside greedy) and image
 beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
@@ -58,10 +58,6 @@ baseline = "greedy"  # as in the paper; or leave_one_out
 samples = 2  # captions sampled for each photo; leave_one_out needs at least 2
 batch_size = 32  # photos a step, over all processes and parts
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory, the same training
-# regularisation: by now the model knows the training photos by heart
-dropout = False  # the pass that learns has the GPT's dropout of the run of mllm.py; samples are drawn without
-crop = 0.0  # smallest share of its area that is seen of a training photo; 0: as in the run of mllm.py
-jitter = 0.0  # brightness, contrast and saturation change by up to this factor; 0: as in the run of mllm.py
 # optimization
 train_vit = False  # train the ViT too
 max_steps = 0  # 0: max_minutes alone decides
@@ -192,7 +188,7 @@ def main(argv=None):
 
     config.at_least(1, eval_interval=eval_interval, batch_size=batch_size, samples=samples)
     config.at_least(0, grad_clip=grad_clip)
-    config.shares(cooldown=cooldown, crop=crop, jitter=jitter)
+    config.shares(cooldown=cooldown)
     resumed = None if eval_only else config.resume(out, init_from, settings, train_with, start="sft")
     start_from = out / "scst.pt" if eval_only else Path(resumed["sft"]) if resumed else find_sft()
     model, tokenizer, checkpoint = mllm.load_captioner(start_from, train_with if eval_only else "python mllm.py", dev)
@@ -217,7 +213,7 @@ def main(argv=None):
         model.load_state_dict(resumed["model"])
         optimizers[0].load_state_dict(resumed["optimizers"][0])
         start, best = resumed["step"], resumed["best"]
-    model.eval()  # no dropout in the samples
+    model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([data["captions"][p] for p in splits["train"]], cider_weight, bleu_weight)
     # of the samples, over the interval: mean reward, that of the greedy captions, their difference, and so on
     of_samples = ["reward", "greedy", "difference", "length", "broken", "distinct", "loss", "reward_share"]
@@ -266,7 +262,7 @@ def main(argv=None):
         photos = [splits["train"][i] for i in rows]
         said = [data["captions"][p] for p in photos]
         images = data["images"][photos].to(dev)
-        images = config.augment_photos(images, said, crop or sft["crop"], jitter or sft["jitter"], sft["mirror"])
+        images = config.augment_photos(images, said, sft["crop"], sft["jitter"], sft["mirror"])  # as it was trained
         drafts, began, in_reward = [], time.perf_counter(), 0.0
         for part in config.parts(model, per_step, accumulation, seed, step):  # write captions, see what they are worth
             with context:
@@ -287,16 +283,13 @@ def main(argv=None):
         n_tokens, = config.sum_numbers(sum(mllm.counted(sampled, tokenizer.eos_id).sum() for _, sampled, *_ in drafts),
                                        device=dev)  # of the whole batch
         loss = 0.0
-        model.gpt.train(dropout)
-        parts = config.parts(model, per_step, accumulation, seed, step)
-        for _, (tokens, sampled, rewards, greedy_rewards) in zip(parts, drafts):  # learn from them
+        for tokens, sampled, rewards, greedy_rewards in drafts:  # learn from them
             with context:
                 log_probs = mllm.written_log_probs(model, tokens.repeat_interleave(samples, dim=0), sampled)
             advantage = advantages(rewards, greedy_rewards if baseline == "greedy" else None)
             share = scst_loss(log_probs, advantage.flatten().to(dev)) / n_tokens
             share.backward()
             loss += share.detach()
-        model.eval()
         loss = config.sum_gradients(model, loss)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         history[-1]["loss"] = config.check_finite(loss + 0 * grad_norm, step, out)
