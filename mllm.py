@@ -8,8 +8,8 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
     python mllm.py config/flickr8k_cpu.py --baselines=True                          what people score, and lookalikes
     python mllm.py --judgements=data/flickr8k/Flickr8k_text.zip                     what the metrics are worth
 
-Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 37 from config/flickr8k_cpu.py: 26
-minutes on two CPU cores with AMX (one seed).
+Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 (two seeds) from
+config/flickr8k_cpu.py: 26 minutes on two CPU cores with AMX.
 Two phases in one run: `align` trains what is new, the connector and any cross-attention, between a ViT and a GPT that
 are frozen as stages 1 and 2 left them; `sft` then trains them together on the captions. Settings are overridden from
 the left to the right by config files and --key=value; --help lists them. A run writes log.csv, loss.png, captions.png
