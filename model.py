@@ -3,7 +3,7 @@ Every part of a multimodal transformer, each built from the ones before it:
 
     1. tokenizers      CharTokenizer, BPETokenizer
     2. attention       scaled_dot_product_attention, KVCache, RotaryEmbedding, MultiHeadAttention; masks
-    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, positions; evaluating
+    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, positional encodings; evaluating
     4. blocks          EncoderBlock, DecoderBlock
     5. stacks          TransformerEncoder, TransformerDecoder, Transformer (the encoder-decoder of 2017)
     6. vision          PatchEmbedding, AttentionPooling, ViT
@@ -24,6 +24,18 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+IGNORE_INDEX = -1  # a target that no loss counts
+IMAGE_ID = -200  # the placeholder of an image in the ids: no token of any vocabulary, so that no GPT can write it
+
+
+def choose(table, **choice):
+    """choose({"a": A, "b": B}, kind="a") -> A; ValueError names the kinds that there are."""
+    (kind, name), = choice.items()
+    if name not in table:
+        raise ValueError(f"{kind} {name!r}: {', '.join(table)}")
+    return table[name]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. tokenizers
@@ -58,12 +70,12 @@ class CharTokenizer:
 class BPETokenizer:
     """Byte-pair encoding on UTF-8 bytes (Sennrich et al. 2016; byte-level as in GPT-2, Radford et al. 2019).
 
-    Ids 0-3 are pad, bos, eos and image, which encode() never returns and decode() leaves out, so that no typed text can
-    be taken for them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt.
+    Ids 0-2 are pad, bos and eos, which encode() never returns and decode() leaves out, so that no typed text can be
+    taken for them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt.
     """
 
-    pad_id, bos_id, eos_id, image_id = range(4)
-    n_special = 4
+    pad_id, bos_id, eos_id = range(3)
+    n_special = 3
     # text is cut into words (with the space before them), punctuation and white space; merges stay inside a piece
     pieces = re.compile(r"'(?:s|t|re|ve|m|ll|d)\b| ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")
 
@@ -152,7 +164,7 @@ class BPETokenizer:
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def state(self):
-        return {"kind": "bpe", "merges": [list(pair) for pair in self.merges]}
+        return {"kind": "byte_bpe", "merges": [list(pair) for pair in self.merges]}
 
     @classmethod
     def from_state(cls, state):
@@ -160,8 +172,8 @@ class BPETokenizer:
 
 
 def tokenizer_from_state(state):
-    """The tokenizer whose state() this is."""
-    return {"char": CharTokenizer, "bpe": BPETokenizer}[state["kind"]].from_state(state)
+    """The tokenizer whose state() this is. ValueError for a kind that this version does not know."""
+    return choose({"char": CharTokenizer, "byte_bpe": BPETokenizer}, tokenizer=state["kind"]).from_state(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,8 +222,8 @@ class KVCache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def select(self, rows):
-        """Keep these rows of the batch, (n,) indices: a row may be kept several times, so that several continuations
-        share what was read once."""
+        """Keep these rows of the batch, (n,) indices. A row may be kept several times: its continuations then share the
+        prompt, which is read once."""
         if self.k is not None:
             self.k, self.v = self.k[rows], self.v[rows]
 
@@ -223,8 +235,8 @@ def select_rows(caches, rows):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary positions (RoFormer, Su et al. 2021): each pair of channels turns by an angle that grows with the
-    position, so that a query and a key see only how far they are apart. Channel i pairs with i + head_dim / 2."""
+    """Rotary positions (RoFormer, Su et al. 2021): each pair of channels is rotated by an angle proportional to the
+    position, so that a query and a key see only their distance. Channel i pairs with i + head_dim / 2."""
 
     def __init__(self, head_dim, max_len, base=10000.0):
         super().__init__()
@@ -246,17 +258,17 @@ class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-, cross- and cached attention in one class.
 
     n_embd: channels in and out; rotary: a RotaryEmbedding for self-attention, or None; fused: run torch's kernel, which
-    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above (which is taken all the
-    same for bfloat16 on a CPU, where it is the faster one). Where the attribute watched is True, that function is run
-    and its weights (B, n_head, Tq, Tk) are kept as the attribute weights.
+    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above. For bfloat16 on a CPU the
+    hand-written function is the faster one, and always runs. Where the attribute keep_weights is True, it runs too, and
+    the attention weights (B, n_head, Tq, Tk) are kept as the attribute attn_weights.
     """
 
-    def __init__(self, n_embd, n_head, dropout=0.0, bias=True, rotary=None, fused=True):
+    def __init__(self, n_embd, n_head, bias=True, rotary=None, fused=True):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
-        self.n_head, self.dropout, self.rotary, self.fused = n_head, dropout, rotary, fused
-        self.watched, self.weights = False, None
+        self.n_head, self.rotary, self.fused = n_head, rotary, fused
+        self.keep_weights, self.attn_weights = False, None
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # the three projections in one matrix product
         self.proj = nn.Linear(n_embd, n_embd, bias=bias)
 
@@ -264,14 +276,14 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, n_head, T, head_dim)
 
-    def forward(self, x, context=None, mask=None, causal=False, cache=None):
-        """x: (B, Tq, C); context: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend.
+    def forward(self, x, memory=None, mask=None, causal=False, cache=None):
+        """x: (B, Tq, C); memory: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend.
 
         causal: a query sees the keys up to its own position. cache: a KVCache; for self-attention x continues what it
-        holds, for cross-attention it keeps the context's keys and values after the first call.
+        holds, for cross-attention it keeps the memory's keys and values after the first call.
         """
         B, Tq, C = x.shape
-        if context is None:
+        if memory is None:
             q, k, v = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
             if self.rotary is not None:
                 start = cache.length if cache is not None else 0
@@ -284,23 +296,23 @@ class MultiHeadAttention(nn.Module):
             if cache is not None and cache.length:
                 k, v = cache.k[:, :, :cache.length], cache.v[:, :, :cache.length]
             else:
-                kv = F.linear(context, weight[C:], None if bias is None else bias[C:])
+                kv = F.linear(memory, weight[C:], None if bias is None else bias[C:])
                 k, v = (self._heads(t) for t in kv.chunk(2, dim=-1))
                 if cache is not None:
                     k, v = cache.append(k, v)
-        Tk, dropout_p = k.size(2), self.dropout if self.training else 0.0
-        fused = self.fused and not self.watched and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
+        Tk = k.size(2)
+        fused = self.fused and not self.keep_weights and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
         is_causal = causal and mask is None and Tq == Tk and fused  # the kernel has this one mask built in
         if causal and not is_causal and Tq > 1:
             allowed = causal_mask(Tq, Tk, x.device)
             mask = allowed if mask is None else mask & allowed
         if fused:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
             if mask is not None:  # kernels differ in what they make of a row that sees nothing
                 out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
         else:
-            out, weights = scaled_dot_product_attention(q, k, v, mask, dropout_p)
-            self.weights = weights.detach() if self.watched else None
+            out, attn_weights = scaled_dot_product_attention(q, k, v, mask)
+            self.attn_weights = attn_weights.detach() if self.keep_weights else None
         out = out.transpose(1, 2).reshape(B, Tq, C)  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
         return self.proj(out)
 
@@ -335,16 +347,14 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
 
 
-def make_norm(kind, n_embd):
-    """kind: "layer" or "rms"."""
-    if kind not in ("layer", "rms"):
-        raise ValueError(f"norm {kind!r}: layer or rms")
-    return LayerNorm(n_embd) if kind == "layer" else RMSNorm(n_embd)
+def make_norm(norm, n_embd):
+    """norm: "layer" or "rms"."""
+    return choose({"layer": LayerNorm, "rms": RMSNorm}, norm=norm)(n_embd)
 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """A block in which the model drops nothing; after it the model is in the mode that it was in."""
+    """Inside the block the model is in evaluation mode, without dropout; then it returns to its mode before."""
     was_training = model.training
     model.eval()
     try:
@@ -356,53 +366,47 @@ def evaluating(model):
 class Dropout(nn.Module):
     """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
 
-    p is rounded to 256ths: a byte is drawn for each element, eight bytes at a time, since on CPUs drawing random
-    numbers takes longer than most layers. part: (i, n) where x is the i-th of n equal parts of a larger batch, whose
-    others are computed later or by other processes. What is dropped is drawn for the larger batch, so that the parts
-    together lose what it would lose.
+    p is rounded to 256ths: one random byte decides on an element, and eight are drawn at a time. On CPUs F.dropout
+    spends longer on its random numbers than most layers on their work.
     """
 
     def __init__(self, p):
         super().__init__()
-        self.p, self.part = round(256 * p) / 256, (0, 1)
-        if not 0 <= self.p < 1:
-            raise ValueError(f"dropout={p}: at least 0 and below 1, or nothing is left")
+        self.p = round(256 * p) / 256
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        (i, n), size = self.part, x.numel()
-        drawn = torch.empty(-(-n * size // 8), dtype=torch.long, device=x.device).random_(-2 ** 63, None)
-        keep = drawn.view(torch.uint8)[i * size:(i + 1) * size].view(x.shape) >= 256 * self.p  # (B, ...)
+        random = torch.empty(-(-x.numel() // 8), dtype=torch.long, device=x.device).random_(-2 ** 63, None)
+        keep = random.view(torch.uint8)[:x.numel()].view(x.shape) >= 256 * self.p
         return x * (keep / (1 - self.p)).to(x.dtype)
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with a nonlinearity between them, applied to each position alone.
+def swiglu(x):
+    """(..., 2 n) -> (..., n): half of the channels, gated by the SiLU of the other half (Shazeer 2020)."""
+    gate, x = x.chunk(2, dim=-1)
+    return F.silu(gate) * x
 
-    activation: "relu" (2017), "gelu" (Hendrycks and Gimpel 2016), or "swiglu" (Shazeer 2020: the hidden channels are
-    gated by the SiLU of as many others; n_hidden is then cut to two thirds, which keeps the number of weights).
-    """
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": swiglu}  # of 2017; Hendrycks and Gimpel 2016; see above
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, applied to each position alone. With swiglu, n_hidden is cut
+    to two thirds, which keeps the number of weights."""
 
     def __init__(self, n_embd, n_hidden=None, activation="gelu", dropout=0.0, bias=True):
         super().__init__()
-        if activation not in ("relu", "gelu", "swiglu"):
-            raise ValueError(f"activation {activation!r}: relu, gelu or swiglu")
-        n_hidden, self.activation = n_hidden or 4 * n_embd, activation
+        self.activation, n_hidden = choose(ACTIVATIONS, activation=activation), n_hidden or 4 * n_embd
         if activation == "swiglu":
             n_hidden = round(n_hidden * 2 / 3 / 8) * 8  # a multiple of 8 suits the hardware
         self.up = nn.Linear(n_embd, 2 * n_hidden if activation == "swiglu" else n_hidden, bias=bias)
         self.proj = nn.Linear(n_hidden, n_embd, bias=bias)
-        self.dropout = Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x):
-        x = self.up(x)
-        if self.activation == "swiglu":
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
-        else:
-            x = F.relu(x) if self.activation == "relu" else F.gelu(x)
-        return self.dropout(self.proj(x))
+        """(B, T, C) -> (B, T, C)"""
+        return self.drop(self.proj(self.activation(self.up(x))))
 
 
 class SinusoidalPositionalEncoding(nn.Module):
@@ -432,9 +436,9 @@ class LearnedPositionalEncoding(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. blocks (pre-norm: the residual stream itself is never normalised, Xiong et al. 2020). Dropout is on what each part
-# adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU, drawing random
-# numbers for those takes longer than the attention itself.
+# 4. blocks (pre-norm: the residual stream itself is never normalised, Xiong et al. 2020). Dropout acts on what each
+# sub-layer adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU,
+# drawing random numbers for those takes longer than the attention itself.
 
 
 class EncoderBlock(nn.Module):
@@ -445,40 +449,35 @@ class EncoderBlock(nn.Module):
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
         self.ff = FeedForward(n_embd, None, activation, dropout, bias)
-        self.dropout = Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x, mask=None):
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.dropout(self.attn(self.norm1(x), mask=mask))
+        x = x + self.drop(self.attn(self.norm1(x), mask=mask))
         return x + self.ff(self.norm2(x))
 
 
-class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention to a memory (its weights exist only with cross=True), feed-forward.
+class DecoderBlock(EncoderBlock):
+    """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it.
 
-    gated: what the cross-attention adds is multiplied by the tanh of a learnt number that starts at 0, so that a model
-    that could do without a memory still does what it did (Flamingo, Alayrac et al. 2022).
+    gated: what the cross-attention adds is multiplied by the tanh of a learnt number that starts at 0, so that at first
+    the model does what it did without a memory (Flamingo, Alayrac et al. 2022).
     """
 
-    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None,
-                 cross=False, gated=False):
-        super().__init__()
-        self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
-        self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
+    def __init__(self, n_embd, n_head, norm="layer", bias=True, cross=False, gated=False, **block):
+        super().__init__(n_embd, n_head, norm=norm, bias=bias, **block)
         self.cross_norm = make_norm(norm, n_embd) if cross else None
         self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias) if cross else None
         self.cross_gate = nn.Parameter(torch.zeros(1)) if cross and gated else None
-        self.ff = FeedForward(n_embd, None, activation, dropout, bias)
-        self.dropout = Dropout(dropout)
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None):
         """x: (B, T, C); memory: (B, Tm, C) for the cross-attention, which is left out without one; cache: (KVCache of
         self-, KVCache of cross-attention)."""
         self_cache, cross_cache = cache or (None, None)
-        x = x + self.dropout(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache))
+        x = x + self.drop(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache))
         if self.cross_attn is not None and memory is not None:
-            attended = self.cross_attn(self.cross_norm(x), context=memory, mask=memory_mask, cache=cross_cache)
-            x = x + self.dropout(attended if self.cross_gate is None else self.cross_gate.tanh() * attended)
+            attended = self.cross_attn(self.cross_norm(x), memory, memory_mask, cache=cross_cache)
+            x = x + self.drop(attended if self.cross_gate is None else self.cross_gate.tanh() * attended)
         return x + self.ff(self.norm2(x))
 
 
@@ -487,11 +486,11 @@ class DecoderBlock(nn.Module):
 
 
 def init_weights(model):
-    """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), so
-    that what comes out is as large as what goes in; the projections back into the residual stream 0, so that a block
-    does nothing at first (Goyal et al. 2017, Bachlechner et al. 2020); output layers and embeddings 0.02 (GPT-2), so
-    that all tokens are about equally likely. Convolutions as in He et al. 2015; biases 0. Gains start at 1. Behind a
-    gate that starts at 0 a projection must not: where both factors are 0, neither has a gradient."""
+    """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), which
+    keeps the size of the activations; the projections back into the residual stream 0, so that a block does nothing at
+    first (Goyal et al. 2017, Bachlechner et al. 2020); output layers and embeddings 0.02 (GPT-2), so that all tokens
+    are about equally likely. Convolutions as in He et al. 2015; biases 0; gains 1. A projection behind a gate that
+    starts at 0 does not start at 0 itself: where both factors are 0, neither has a gradient."""
     gated = [block.cross_attn.proj for block in model.modules() if getattr(block, "cross_gate", None) is not None]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -509,7 +508,7 @@ def init_weights(model):
 
 
 class TransformerEncoder(nn.Module):
-    """n_layer encoder blocks and a last norm. block: what EncoderBlock takes beside n_embd and n_head."""
+    """n_layer encoder blocks and a last norm. block: what else EncoderBlock takes."""
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
         super().__init__()
@@ -524,8 +523,8 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """n_layer decoder blocks and a last norm; always causal. cross_every: every so many-th block has cross-attention,
-    0: none has. block: what DecoderBlock takes but n_embd, n_head and cross."""
+    """n_layer decoder blocks and a last norm; always causal. cross_every: every so many-th block has cross-attention;
+    0: none. block: what else DecoderBlock takes."""
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
         super().__init__()
@@ -540,7 +539,7 @@ class TransformerDecoder(nn.Module):
         return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None):
-        """(B, T, C) -> (B, T, C); mask: further than causal, such as padding_mask(ids, pad_id)."""
+        """(B, T, C) -> (B, T, C); mask: in addition to the causal one, such as padding_mask(ids, pad_id)."""
         for i, block in enumerate(self.blocks):
             x = block(x, memory, mask, memory_mask, caches[i] if caches else None)
         return self.norm(x)
@@ -556,15 +555,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.pad_id, self.n_embd = pad_id, n_embd
         self.embedding = nn.Embedding(vocab_size, n_embd)
-        self.positions = SinusoidalPositionalEncoding(n_embd, max_len)
-        self.dropout = Dropout(dropout)
+        self.position = SinusoidalPositionalEncoding(n_embd, max_len)
+        self.drop = Dropout(dropout)
         self.encoder = TransformerEncoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout)
         self.decoder = TransformerDecoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout, cross_every=1)
         init_weights(self)
         nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
 
     def embed(self, ids, start=0):
-        return self.dropout(self.positions(self.embedding(ids) * math.sqrt(self.n_embd), start))
+        return self.drop(self.position(self.embedding(ids) * math.sqrt(self.n_embd), start))
 
     def encode(self, source):
         """(B, Ts) ids -> (B, Ts, C) memory"""
@@ -607,7 +606,7 @@ class ViTConfig:
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 192
-    n_classes: int = 10
+    n_classes: int = 10  # 0: no output layer
     dropout: float = 0.0
     activation: str = "gelu"
     norm: str = "layer"
@@ -621,27 +620,30 @@ class PatchEmbedding(nn.Module):
     """Image to tokens: (B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row.
 
     stem="patch": one linear map of each patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of
-    stride 2, down to one position a patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"):
+    stride 2, down to one position per patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"):
     neighbouring pixels belong together, and with little data it pays to build that in.
     """
 
     def __init__(self, patch_size, n_embd, stem="patch"):
         super().__init__()
-        if stem not in ("patch", "conv"):
-            raise ValueError(f"stem {stem!r}: patch or conv")
-        if stem == "conv" and (patch_size < 2 or patch_size & (patch_size - 1)):
-            raise ValueError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
         self.patch_size = patch_size
-        if stem == "patch":
-            self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
-            return
+        self.stem = choose({"patch": self.linear_stem, "conv": self.conv_stem}, stem=stem)(patch_size, n_embd)
+
+    @staticmethod
+    def linear_stem(patch_size, n_embd):
+        return nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
+
+    @staticmethod
+    def conv_stem(patch_size, n_embd):
+        if patch_size < 2 or patch_size & (patch_size - 1):
+            raise ValueError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
         unit = lambda a, b, stride: [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(1, b), nn.ReLU()]
         halvings = patch_size.bit_length() - 1
         widths = [3, n_embd // 4, *[3 * n_embd // 8] * (halvings - 2)] if halvings > 1 else [3]  # such as 3, 32, 48
         layers = [layer for a, b in zip(widths, widths[1:]) for layer in unit(a, b, 2)]
         if halvings > 1:  # before the last halving, a convolution that keeps the size
             layers += unit(widths[-1], widths[-1], 1)
-        self.stem = nn.Sequential(*layers, *unit(widths[-1], n_embd, 2), nn.Conv2d(n_embd, n_embd, 1))
+        return nn.Sequential(*layers, *unit(widths[-1], n_embd, 2), nn.Conv2d(n_embd, n_embd, 1))
 
     def forward(self, images):
         H, W = images.shape[-2:]
@@ -658,19 +660,19 @@ class AttentionPooling(nn.Module):
         super().__init__()
         self.score = nn.Linear(n_embd, n_head, bias=False)  # the softmax would not see a bias
 
-    def weights(self, x):
-        """(B, N, C) -> (B, N, n_head), how much each token counts; sums to 1 over the tokens."""
+    def attn_weights(self, x):
+        """(B, N, C) -> (B, N, n_head): how much each token counts; sums to 1 over the tokens."""
         return self.score(x).softmax(dim=1)
 
     def forward(self, x):
         B, N, C = x.shape
-        weights = self.weights(x)[..., None]  # (B, N, n_head, 1)
-        return (weights * x.view(B, N, weights.size(2), -1)).sum(dim=1).view(B, C)
+        weights = self.attn_weights(x)[..., None]  # (B, N, n_head, 1)
+        return (weights * x.view(B, N, weights.size(2), -1)).sum(dim=1).view(B, C)  # (B, N, n_head, C/n_head) -> (B, C)
 
 
 class ViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2020) whose class logits come from a pooling by attention of the patch
-    tokens, instead of from a class token.
+    """Vision transformer (Dosovitskiy et al. 2020). Its class logits come from attention pooling of the patch tokens,
+    instead of from a class token.
 
     Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised here, by buffers that travel
     with the weights. Another size than config.image_size works: the positions are interpolated.
@@ -686,11 +688,11 @@ class ViT(nn.Module):
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
-        self.dropout = Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
                                           dropout=c.dropout)
         self.pool = AttentionPooling(c.n_embd, c.n_head)
-        self.head = nn.Linear(c.n_embd, c.n_classes)
+        self.head = nn.Linear(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
         init_weights(self)
 
     def _add_positions(self, x, H, W):
@@ -704,11 +706,11 @@ class ViT(nn.Module):
         return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
 
     def features(self, images):
-        """(B, 3, H, W) pixels -> (B, N, C): one vector a patch, row by row."""
+        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row."""
         H, W = images.shape[-2:]
         x = self.patches((images.float() - self.pixel_mean) / self.pixel_std)
         x = self._add_positions(x, H // self.config.patch_size, W // self.config.patch_size)
-        return self.encoder(self.dropout(x))
+        return self.encoder(self.drop(x))
 
     def forward(self, images, labels=None):
         """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
@@ -716,7 +718,7 @@ class ViT(nn.Module):
         logits = self.head(self.pool(self.features(images)))
         if labels is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float(), labels, ignore_index=-1,
+        return logits, F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX,
                                        label_smoothing=self.config.label_smoothing if self.training else 0.0)
 
 
@@ -740,10 +742,9 @@ class GPTConfig:
     cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens, through a gate; 0: none
 
 
-def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None, part=(0, 1)):
-    """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: among the k likeliest alone.
-    top_p: among the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020).
-    part: (i, n) where these rows are the i-th of n parts of a batch, as in Dropout: each row gets the batch's noise."""
+def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: only the k likeliest tokens.
+    top_p: only the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -754,11 +755,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None,
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # of the likelier tokens together
         logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -math.inf)
-    # one uniform number a row, looked up in the cumulative distribution: the first token whose sum exceeds it
-    i, n = part
-    sums = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, vocab_size)
-    u = torch.rand(n * len(logits), 1, generator=generator, device=logits.device).chunk(n)[i]  # (B, 1), below 1
-    return torch.searchsorted(sums, u * sums[:, -1:], right=True).squeeze(1)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -768,69 +765,68 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
-        rotary, self.position = None, nn.Identity()
+        rotary, self.position = None, None
         if c.n_embd % c.n_head:
             raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
-        if c.positions == "rotary":
-            rotary = RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
-        elif c.positions in ("learned", "sinusoidal"):
-            kind = LearnedPositionalEncoding if c.positions == "learned" else SinusoidalPositionalEncoding
-            self.position = kind(c.n_embd, c.block_size)
+        added = choose({"rotary": None, "learned": LearnedPositionalEncoding,
+                        "sinusoidal": SinusoidalPositionalEncoding}, positions=c.positions)
+        if added:
+            self.position = added(c.n_embd, c.block_size)
         else:
-            raise ValueError(f"positions {c.positions!r}: rotary, learned or sinusoidal")
-        self.dropout = Dropout(c.dropout)
+            rotary = RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
+        self.drop = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
                                           dropout=c.dropout, bias=c.bias, rotary=rotary,
                                           cross_every=c.cross_every, gated=True)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
-        self.part = (0, 1)  # of the batch that is sampled: see sample_next()
         init_weights(self)
 
-    def hidden(self, x, caches=None, memory=None):
-        """(B, T, C) embeddings -> (B, T, C), ready for self.head; caches: of self.decoder.new_caches(); memory:
-        (B, Tm, C), what the blocks with cross-attention attend to."""
+    def hidden(self, x, caches=None, memory=None, memory_mask=None):
+        """(B, T, C) embeddings -> (B, T, C), ready for self.head. caches: of self.decoder.new_caches(); memory: (B, Tm,
+        C), what the blocks with cross-attention attend to, where memory_mask (B, 1, T, Tm) allows it."""
         start = caches[0][0].length if caches else 0
         if start + x.size(1) > self.config.block_size:
             raise ValueError(f"{start + x.size(1)} positions do not fit block_size={self.config.block_size}")
-        if not isinstance(self.position, nn.Identity):
+        if self.position is not None:
             x = self.position(x, start)
-        return self.decoder(self.dropout(x), memory, caches=caches)
+        return self.decoder(self.drop(x), memory, memory_mask=memory_mask, caches=caches)
 
     def forward(self, ids, targets=None):
         """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
         logits = self.head(self.hidden(self.embedding(ids)))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return logits, loss
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
-               prompt=None, memory=None, head=None, num_samples=1):
-        """Yields the next ids, one position at a time; what generate() takes, and prompt: embeddings that stand in for
-        those of ids; memory: see hidden(); head: an output layer in the place of self.head; num_samples: continuations
-        of each prompt, which is read once for all of them: (B * num_samples,) ids, prompt by prompt.
+               num_samples=1, embeddings=None, memory=None, memory_mask=None):
+        """Yields the next ids, (B * num_samples,), one position at a time; takes what generate() takes.
 
-        The cache serves as long as the text fits block_size. Then the newer half of it is read afresh into an empty
+        num_samples: continuations of each prompt, which is read once for all of them. embeddings: (B, T, C), to read
+        instead of those of ids. memory, memory_mask: see hidden(); new tokens see what the last of the prompt sees.
+
+        The cache serves as long as the text fits block_size. Then the newer half of it is read again into an empty
         cache, so that the cost of a token stays bounded; the model forgets what came before that half.
         """
-        block_size, head = self.config.block_size, head or self.head
+        block_size = self.config.block_size
         new_caches = lambda: self.decoder.new_caches(block_size, 0 if memory is None else memory.size(1))
         with evaluating(self):
             rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(num_samples)
             ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
             columns, caches = list(ids[rows].unbind(dim=1)), new_caches()
-            x = self.embedding(ids[:, -block_size:]) if prompt is None else prompt
+            x = self.embedding(ids[:, -block_size:]) if embeddings is None else embeddings
             for i in range(max_new_tokens):
                 if caches[0][0].length + x.size(1) > block_size:
                     newer = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
                     caches, x = new_caches(), self.embedding(newer)
-                logits = head(self.hidden(x, caches, memory)[:, -1])  # (B, vocab_size)
-                if i == 0 and num_samples > 1:
-                    logits, memory = logits[rows], None if memory is None else memory[rows]
-                    select_rows(caches, rows)
-                token = sample_next(logits, temperature, top_k, top_p, generator, self.part)
+                logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])  # (B, vocab_size)
+                if i == 0:
+                    logits, memory, memory_mask = self._branch(rows, caches, logits, memory, memory_mask)
+                token = sample_next(logits, temperature, top_k, top_p, generator)
                 if eos_id is not None:
                     token = token.masked_fill(ended, eos_id)
                     ended |= token == eos_id
@@ -839,6 +835,14 @@ class GPT(nn.Module):
                     return
                 columns.append(token)
                 x = self.embedding(token[:, None])
+
+    @staticmethod
+    def _branch(rows, caches, logits, memory, memory_mask):
+        """After the prompt is read: all of it for these rows (n,), and the mask of its last position for what follows.
+        The same row several times: several continuations."""
+        select_rows(caches, rows)
+        memory = None if memory is None else memory[rows]
+        return logits[rows], memory, None if memory_mask is None else memory_mask[rows, :, -1:]
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None):
         """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: prompt and continuation.
@@ -850,15 +854,16 @@ class GPT(nn.Module):
         return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1) if tokens else ids
 
     @torch.no_grad()
-    def beam_search(self, ids, max_new_tokens, beams, eos_id, length_penalty=1.0, prompt=None, memory=None, head=None):
-        """The continuations of ids (B, T) that score best among those that a beam search finds: (B, beams, n) ids, n <=
-        max_new_tokens, best first and filled with eos_id after their end, and their (B, beams) scores.
+    def beam_search(self, ids, max_new_tokens, beams, eos_id, length_penalty=1.0, embeddings=None, memory=None,
+                    memory_mask=None):
+        """The best continuations of ids (B, T) that a beam search finds: (B, beams, n) ids, n <= max_new_tokens, best
+        first and filled with eos_id after their end, and their (B, beams) scores.
 
         The score is log p / length ** length_penalty, the end counted in the length (0: log p itself, which prefers
         short texts). At each position the best continuations are kept, ended ones among them, as many as there are
-        beams. prompt, memory, head: as in stream().
+        beams. The search stops when all that are kept have ended. embeddings, memory, memory_mask: as in stream().
         """
-        B, device, head = ids.size(0), ids.device, head or self.head
+        B, device = ids.size(0), ids.device
         first = torch.arange(B, device=device)[:, None] * beams  # (B, 1), the row of each prompt's first beam
         total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam, the others wait
         total[:, 0] = 0.0
@@ -866,16 +871,14 @@ class GPT(nn.Module):
         ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
         tokens = ids.new_empty(B, beams, 0)
         caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
-        x, scores = self.embedding(ids) if prompt is None else prompt, total
+        x, scores = self.embedding(ids) if embeddings is None else embeddings, total
         with evaluating(self):
             while tokens.size(2) < max_new_tokens and not ended.all():
-                logits = head(self.hidden(x, caches, memory)[:, -1]).float()
-                log_p = logits.log_softmax(dim=-1)  # (B, vocab_size) at first, then (B * beams, vocab_size)
-                if tokens.size(2) == 0:  # the prompt is read once for all beams
+                logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1]).float()
+                if tokens.size(2) == 0:  # (B, vocab_size), since the prompt is read once for all beams
                     rows = torch.arange(B, device=device).repeat_interleave(beams)
-                    log_p, memory = log_p[rows], None if memory is None else memory[rows]
-                    select_rows(caches, rows)
-                log_p = log_p.view(B, beams, -1).masked_fill(ended[:, :, None], -math.inf)
+                    logits, memory, memory_mask = self._branch(rows, caches, logits, memory, memory_mask)
+                log_p = logits.log_softmax(dim=-1).view(B, beams, -1).masked_fill(ended[:, :, None], -math.inf)
                 log_p[:, :, eos_id] = log_p[:, :, eos_id].masked_fill(ended, 0.0)  # what has ended stays as it is
                 candidates = total[:, :, None] + log_p  # (B, beams, vocab_size)
                 lengths = length + ~ended
@@ -903,7 +906,7 @@ class LinearConnector(nn.Module):
 
     @staticmethod
     def n_tokens(side):
-        """How many image tokens become of side x side patches."""
+        """How many image tokens side x side patches become."""
         return side * side
 
     def forward(self, x):
@@ -924,8 +927,8 @@ class MLPConnector(LinearConnector):
 
 
 class PixelShuffleConnector(nn.Module):
-    """Each 2x2 neighbouring patches become one token of four times the channels, then two layers (InternVL 1.5, Chen et
-    al. 2024): a quarter of the image tokens, which is most of what the GPT has to read for a short caption."""
+    """2x2 neighbouring patches become one token of four times the channels, then two layers (InternVL 1.5, Chen et al.
+    2024): a quarter of the image tokens, which are most of what the GPT reads for a short caption."""
 
     def __init__(self, n_vision, n_language):
         super().__init__()
@@ -948,9 +951,9 @@ class PixelShuffleConnector(nn.Module):
 
 
 class AbstractorConnector(nn.Module):
-    """A fixed number of image tokens, whatever the number of patches: convolutions over the grid of patches, which keep
-    what is where (C-Abstractor of Honeybee, Cha et al. 2024), then attention to it from learnt queries in the place of
-    its pooling (the resampler of Flamingo, Alayrac et al. 2022)."""
+    """A fixed number of image tokens for any number of patches: convolutions over the grid of patches, which keep the
+    places (C-Abstractor of Honeybee, Cha et al. 2024), then cross-attention from learnt queries instead of its pooling
+    (the resampler of Flamingo, Alayrac et al. 2022)."""
 
     n_queries = 16
 
@@ -975,9 +978,9 @@ class AbstractorConnector(nn.Module):
         grid = x.transpose(1, 2).view(B, C, side, side)
         for conv in self.convs:
             grid = grid + conv(grid)
-        context = self.norm2(grid.flatten(2).transpose(1, 2))  # (B, C, side, side) -> (B, N, C)
+        memory = self.norm2(grid.flatten(2).transpose(1, 2))  # (B, C, side, side) -> (B, N, C)
         queries = self.norm1(self.query_embedding.weight).expand(B, -1, -1)  # (B, n_queries, C)
-        return self.mlp(queries + self.attn(queries, context=context))
+        return self.mlp(queries + self.attn(queries, memory))
 
 
 CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector,
@@ -989,40 +992,41 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
     connector: str = "mlp"  # or linear, pixel_shuffle, abstractor
-    image_id: int = BPETokenizer.image_id  # the placeholder; one stands for one image token
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
     def __post_init__(self):
-        if self.connector not in CONNECTORS:
-            raise ValueError(f"connector {self.connector!r}: {', '.join(CONNECTORS)}")
+        choose(CONNECTORS, connector=self.connector)
 
     @classmethod
     def from_dict(cls, d):
-        """Of dataclasses.asdict(config)."""
+        """From dataclasses.asdict(config)."""
         return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})
 
     def n_image_tokens(self, image_size):
-        """How many tokens an image of image_size x image_size pixels becomes; ValueError where it cannot be cut so."""
+        """How many tokens an image of image_size x image_size pixels becomes; ValueError if patches do not fit it."""
         if image_size % self.vit.patch_size:
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
         return CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
 
     def n_placeholders(self, image_size):
-        """How many positions of the text an image takes: none where it is attended by cross-attention."""
-        return 0 if self.gpt.cross_every else self.n_image_tokens(image_size)
+        """How many ids stand for an image: one per image token, or a single marker with cross-attention."""
+        return 1 if self.gpt.cross_every else self.n_image_tokens(image_size)
 
 
 class MLLM(nn.Module):
     """ViT -> connector -> GPT.
 
-    Where the GPT has no cross-attention, the image tokens stand in the text, in the place of placeholders (image_id):
-    the "unified embedding decoder". They fill the placeholders of ids (B, T) row by row: one image a row, several, or
-    none. Where it has (config.gpt.cross_every), the ids hold no placeholders, and every word attends to the tokens of
-    the row's images: the first M / B images are those of the first row, and so on. Without images it is the GPT alone.
+    The ids (B, T) hold placeholders, IMAGE_ID, where images stand; all images of all rows are given in that order. A
+    row may have any number of images. Two fusions:
+    - prefix: each placeholder is replaced by one image token, which the GPT reads like a word (LLaVA, Liu et al. 2023).
+    - cross (config.gpt.cross_every > 0): one placeholder, a marker, stands for a whole image. Its embedding is the same
+      for all images; the image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022). A
+      word attends to the images that stand last before it; images that stand side by side count together.
+    Without images the model is the GPT alone.
 
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens that encode() made, so that several captions of one
-    image share the work.
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), so that several texts about one image
+    share them.
     """
 
     def __init__(self, config):
@@ -1030,85 +1034,88 @@ class MLLM(nn.Module):
         self.config = config
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
-        init_weights(self.connector)
-        never = torch.zeros(config.gpt.vocab_size)
-        never[config.image_id] = -math.inf  # a bias of the output layer
-        self.register_buffer("never", never, persistent=False)
-        self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # a captioner needs features, not classes
+        self.marker = nn.Embedding(1, config.gpt.n_embd) if config.gpt.cross_every else None
+        init_weights(nn.ModuleList([self.connector, self.marker]))
+        self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
     def encode(self, images):
         """(M, 3, H, W) pixels -> (M, N, n_embd of the GPT) image tokens"""
         return self.connector(self.vit.features(images))
 
     def embed(self, images, ids):
-        """-> (B, T, C): the embeddings of ids (B, T), image tokens in the place of the placeholders; and the memory of
-        GPT.hidden(): None, or (B, Tm, C), where the image tokens are attended instead."""
-        tokens = images if images.dim() == 3 else self.encode(images)
-        x, mask = self.gpt.embedding(ids), ids == self.config.image_id  # (B, T, C), (B, T)
-        (B, _, C), (M, N, _) = x.shape, tokens.shape
-        if self.config.gpt.cross_every:
-            if mask.any() or M % B:
-                raise ValueError(f"{M} images for {B} rows and {mask.sum()} placeholders: with cross-attention each "
-                                 f"row has as many images as the others, and no placeholder")
-            return x, tokens.to(x.dtype).reshape(B, M // B * N, C) if M else None
-        if mask.sum() != M * N:
-            raise ValueError(f"{mask.sum()} placeholders for {M} images of {N} tokens each")
-        return x.masked_scatter(mask[:, :, None], tokens.to(x.dtype)), None
+        """ids (B, T) -> x (B, T, C), their embeddings with the images'; and the memory of GPT.hidden() and its mask:
+        both None, or (B, Tm, C) and (B, 1, T, Tm), where Tm holds the image tokens of the row with the most images."""
+        tokens = images if images.dim() == 3 else self.encode(images)  # (M, N, C)
+        M, N, C = tokens.shape
+        is_image = ids == IMAGE_ID  # (B, T)
+        if is_image.sum() != (M if self.config.gpt.cross_every else M * N):
+            raise ValueError(f"{is_image.sum()} placeholders for {M} images of {N} tokens each")
+        x = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
+        if self.marker is None:
+            return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
+        x = torch.where(is_image[:, :, None], self.marker.weight, x)
+        return (x, *self._memory(tokens, is_image)) if M else (x, None, None)
+
+    @staticmethod
+    def _memory(tokens, is_image):
+        """(M, N, C) image tokens, (B, T) markers -> memory (B, K * N, C), K the most images of a row, and the mask
+        (B, 1, T, K * N) of what each position may attend to; None where that is everything."""
+        (M, N, C), (B, T) = tokens.shape, is_image.shape
+        so_far = is_image.cumsum(dim=1)  # (B, T), how many images stand up to here
+        K = int(so_far[:, -1].max())
+        memory = tokens.new_zeros(B, K, N, C)
+        memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
+        starts = is_image & ~F.pad(is_image, (1, -1))  # an image without one right before it: the first of a group
+        first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first image of the last group
+        image = torch.arange(K, device=tokens.device)
+        mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
+        mask = None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
+        return memory.view(B, K * N, C), mask
 
     def hidden(self, images, ids):
-        """(B, T, C), ready for logits()"""
-        x, memory = self.embed(images, ids)
-        return self.gpt.hidden(x, memory=memory)
+        """(B, T, C), ready for the GPT's head"""
+        x, memory, memory_mask = self.embed(images, ids)
+        return self.gpt.hidden(x, memory=memory, memory_mask=memory_mask)
 
-    def prompt(self, tokens):
-        """(B, N, C) image tokens -> (B, N + 1) or (B, 1) ids that ask for a caption of each: the placeholders that an
-        image takes, then bos."""
+    def caption_prompt(self, tokens):
+        """(B, N, C) image tokens -> (B, T) ids that ask for a caption of each image: its placeholders, then bos."""
         B, N, _ = tokens.shape
-        ids = torch.full((B, 1 if self.config.gpt.cross_every else N + 1), self.config.image_id, device=tokens.device)
+        ids = torch.full((B, (1 if self.config.gpt.cross_every else N) + 1), IMAGE_ID, device=tokens.device)
         ids[:, -1] = self.config.bos_id
         return ids
 
-    def logits(self, x):
-        """(..., C) -> (..., vocab_size); a placeholder is not a word: its logit is minus infinity."""
-        return F.linear(x, self.gpt.head.weight, self.never)
-
-    def _score(self, x, targets):
-        """What (B, T, C) says where (B, T) targets are not -1: (n, vocab_size) logits, the (n,) targets, and where each
-        stands in the flattened targets. The product has 256 rows or a multiple: a new size is slow on CPUs."""
-        where = (targets.flatten() >= 0).nonzero().squeeze(1)
+    def _scored_logits(self, x, targets):
+        """(B, T, C), (B, T) targets -> the (n, vocab_size) logits where there is a target, and where that is in the
+        flattened targets. The rows are padded to a multiple of 256: CPUs prepare a product anew for each new size."""
+        where = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         padded = F.pad(where, (0, -len(where) % 256))
-        logits = self.logits(x.flatten(0, 1)[padded])[:len(where)].float()
-        return logits, targets.flatten()[where], where
+        return self.gpt.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
 
     def forward(self, images, ids, targets=None, label_smoothing=0.0):
-        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets the (n,
-        vocab_size) logits of the n positions that have one, row by row, and the loss: the rest needs no output layer.
-        label_smoothing: the share of each target that is spread over all words."""
+        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets None and the
+        loss, since the output layer then runs only where there is a target."""
         x = self.hidden(images, ids)
         if targets is None:
-            return self.logits(x), None
-        logits, targets, _ = self._score(x, targets)
-        loss = F.cross_entropy(logits, targets)
-        if label_smoothing:
-            log_p = logits.log_softmax(dim=-1).masked_fill(self.never < 0, 0.0)  # the placeholder is no target
-            loss = (1 - label_smoothing) * loss - label_smoothing * log_p.sum(dim=-1).mean() / (logits.size(-1) - 1)
-        return logits, loss
+            return self.gpt.head(x), None
+        logits, where = self._scored_logits(x, targets)
+        return None, F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
 
     def log_probs(self, images, ids, mask=None):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, at placeholders, and where the (B,
         T) mask is False."""
-        x, memory = self.embed(images, ids)
-        wanted = ids != self.config.image_id if mask is None else mask & (ids != self.config.image_id)
-        targets = ids.masked_fill(~wanted, -1)[:, 1:]  # (B, T - 1)
-        logits, wanted, where = self._score(self.gpt.hidden(x[:, :-1], memory=memory), targets)
-        log_p = -F.cross_entropy(logits, wanted, reduction="none")  # (n,)
+        wanted = ids != IMAGE_ID if mask is None else mask & (ids != IMAGE_ID)
+        targets = ids.masked_fill(~wanted, IGNORE_INDEX)[:, 1:]  # (B, T - 1)
+        x, memory, memory_mask = self.embed(images, ids)
+        memory_mask = None if memory_mask is None else memory_mask[:, :, :-1]
+        logits, where = self._scored_logits(self.gpt.hidden(x[:, :-1], None, memory, memory_mask), targets)
+        log_p = -F.cross_entropy(logits, targets.flatten()[where], reduction="none")  # (n,)
         return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where, log_p).view_as(targets), (1, 0))
 
     @torch.no_grad()
     def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None,
                  beams=1, length_penalty=1.0, num_captions=1):
-        """Captions of images: (B * num_captions, T) ids, the newly written tokens alone, image by image, each row
-        filled with eos_id after its end.
+        """What the model writes after ids: (B * num_captions, T) new ids, prompt by prompt, each row filled with eos_id
+        after its end.
 
         ids: (B, T) prompts with placeholders; None asks for a caption of each image. Greedy unless temperature > 0
         (samples) or beams > 1 (the best num_captions of them, best first; see GPT.beam_search()).
@@ -1118,88 +1125,91 @@ class MLLM(nn.Module):
         c = self.config
         with evaluating(self):
             tokens = images if images.dim() == 3 else self.encode(images)
-            ids = self.prompt(tokens) if ids is None else ids
+            ids = self.caption_prompt(tokens) if ids is None else ids
             room = c.gpt.block_size - ids.size(1) + 1  # the last token is not read again
             if room < 1:
                 raise ValueError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
-            n, (x, memory) = min(max_new_tokens, room), self.embed(tokens, ids)
-            how = dict(prompt=x, memory=memory, head=self.logits)
+            n = min(max_new_tokens, room)
+            read = dict(zip(("embeddings", "memory", "memory_mask"), self.embed(tokens, ids)))
             if beams > 1 and not temperature:
-                written, _ = self.gpt.beam_search(ids, n, beams, c.eos_id, length_penalty, **how)
+                written, _ = self.gpt.beam_search(ids, n, beams, c.eos_id, length_penalty, **read)
                 return written[:, :num_captions].flatten(0, 1)
-            new = list(self.gpt.stream(ids, n, temperature, top_k, top_p, c.eos_id, generator,
-                                       num_samples=num_captions, **how))
+            new = list(self.gpt.stream(ids, n, temperature, top_k, top_p, c.eos_id, generator, num_captions, **read))
         return torch.stack(new, dim=1) if new else ids[:, :0]
 
     @torch.no_grad()
     def attention_to_images(self, images, ids):
-        """How much the model looks at each part of an image when it writes the token after each of ids (B, T); images:
-        (B, 3, H, W), one a row. (B, T, n), the mean over layers and heads, of sum 1; n is the number of image tokens,
-        row by row of the grid that they form, or of patches where an abstractor's tokens have no place of their own."""
-        blocks, mask = self.gpt.decoder.blocks, ids == self.config.image_id
-        watched = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
-        watched = [attn for attn in watched if attn is not None]
+        """How much the model attends to each part of an image when it writes the token after each of ids (B, T).
+
+        images: (B, 3, H, W), one per row. Returns (B, T, n), the mean over layers and heads, of sum 1. n is the number
+        of image tokens, row by row of their grid; with an abstractor, whose tokens have no place, that of patches.
+        """
+        blocks, is_image = self.gpt.decoder.blocks, ids == IMAGE_ID
+        layers = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
+        layers = [attn for attn in layers if attn is not None]
         pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
         try:
-            for attn in watched + pools:
-                attn.watched = True
+            for attn in layers + pools:
+                attn.keep_weights = True
             with evaluating(self):
                 self.hidden(images, ids)
-            seen = torch.stack([attn.weights.float().mean(dim=1) for attn in watched]).mean(dim=0)  # (B, T, Tk)
+            seen = torch.stack([attn.attn_weights.float().mean(dim=1) for attn in layers]).mean(dim=0)  # (B, T, Tk)
             if not self.config.gpt.cross_every:
-                (B, T), n = ids.shape, mask[0].sum()
-                seen = seen.transpose(1, 2)[mask].view(B, n, T).transpose(1, 2)  # the columns of the placeholders
+                (B, T), n = ids.shape, is_image[0].sum()
+                seen = seen.transpose(1, 2)[is_image].view(B, n, T).transpose(1, 2)  # the columns of the placeholders
             for pool in pools:
-                seen = seen @ pool.weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
+                seen = seen @ pool.attn_weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
         finally:
-            for attn in watched + pools:
-                attn.watched, attn.weights = False, None
+            for attn in layers + pools:
+                attn.keep_weights, attn.attn_weights = False, None
         return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 
 
 @dataclass
 class CLIPConfig:
-    vit: ViTConfig = field(default_factory=ViTConfig)  # n_classes: the channels of the space that both share
+    vit: ViTConfig = field(default_factory=lambda: ViTConfig(n_classes=0))
     vocab_size: int = 4096
     max_tokens: int = 32  # the longest text, bos and eos included
     n_layer: int = 2  # of the text encoder
     n_head: int = 4
     n_embd: int = 128
+    n_shared: int = 128  # dimensions of the space that images and texts share
     dropout: float = 0.0
     pad_id: int = BPETokenizer.pad_id
 
     @classmethod
     def from_dict(cls, d):
-        """Of dataclasses.asdict(config)."""
+        """From dataclasses.asdict(config)."""
         return cls(**{**d, "vit": ViTConfig(**d["vit"])})
 
 
 class CLIP(nn.Module):
-    """A ViT and a text encoder that put a photo and its caption at the same place of one space (Radford et al. 2021).
+    """A ViT and a text encoder that map a photo and its caption to nearby vectors of one space (Radford et al. 2021).
 
-    Unlike the paper's, the text encoder sees a text in both directions, and a text's place is the mean of its tokens.
+    Unlike the paper's, the text encoder reads a text in both directions, and a text's vector is the mean of its tokens.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.vit = ViT(c.vit)
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         self.position = LearnedPositionalEncoding(c.n_embd, c.max_tokens)
-        self.dropout = Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, dropout=c.dropout)
-        self.text_head = nn.Linear(c.n_embd, c.vit.n_classes, bias=False)
+        self.text_head = nn.Linear(c.n_embd, c.n_shared, bias=False)
+        self.image_head = nn.Linear(c.vit.n_embd, c.n_shared)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of one over the temperature
         init_weights(self)
-        self.vit = ViT(c.vit)
 
     def embed_images(self, images):
-        """(B, 3, H, W) pixels -> (B, n) unit vectors"""
-        return F.normalize(self.vit(images)[0].float(), dim=-1)
+        """(B, 3, H, W) pixels -> (B, n_shared) unit vectors"""
+        return F.normalize(self.image_head(self.vit.pool(self.vit.features(images))).float(), dim=-1)
 
     def embed_texts(self, ids):
-        """(B, T) ids, padded with pad_id -> (B, n) unit vectors"""
+        """(B, T) ids, padded with pad_id -> (B, n_shared) unit vectors"""
         mask = padding_mask(ids, self.config.pad_id)  # (B, 1, 1, T)
-        x = self.encoder(self.dropout(self.position(self.embedding(ids))), mask)
+        x = self.encoder(self.drop(self.position(self.embedding(ids))), mask)
         counts = mask[:, 0].transpose(1, 2)  # (B, T, 1)
         return F.normalize(self.text_head((x * counts).sum(dim=1) / counts.sum(dim=1)).float(), dim=-1)
 
@@ -1208,11 +1218,11 @@ class CLIP(nn.Module):
         return self.log_scale.exp().clamp(max=100.0) * images @ texts.T
 
     def loss(self, images, texts):
-        """(B, d) unit vectors of photos and of their texts -> the mean of the cross-entropies of finding each photo's
-        text among all texts and each text's photo among all photos."""
+        """(B, d) unit vectors of photos and of their texts -> the mean of two cross-entropies: of each photo's text
+        among all texts, and of each text's photo among all photos."""
         logits = self.logits(images, texts)  # (B, B)
-        right = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        pairs = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
     def forward(self, images, ids):
         """(B, 3, H, W) pixels, and (B, T) ids of their texts -> what loss() takes"""

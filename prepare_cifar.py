@@ -3,7 +3,7 @@ CIFAR-10 -> data/cifar10/{train,test}_{images,labels}.npy: (50000 or 10000, 3, 3
 
     python prepare_cifar.py
 
-Reads the binary version of the archive (a label byte, then 1024 red, 1024 green and 1024 blue bytes an image), so that
+Reads the binary version of the archive (a label byte, then 1024 red, 1024 green and 1024 blue bytes per image), so that
 nothing needs to be unpickled.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+from config.tools.data import download, save_array, save_json
 
 out_dir = "data/cifar10"  # where the download goes, and what vit.py reads
 
@@ -35,7 +36,7 @@ def read_batch(tar, name):
 def main(argv=None):
     config.override(globals(), argv)
     out = Path(out_dir)
-    archive = config.download(out / "cifar-10-binary.tar.gz", URLS, MD5)
+    archive = download(out / "cifar-10-binary.tar.gz", URLS, MD5)
     try:
         with tarfile.open(archive) as tar:
             classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
@@ -45,10 +46,10 @@ def main(argv=None):
         config.fail(f"{archive} is broken ({e}); delete it and run this again")
     for split, batches in (("train", train), ("test", test)):
         labels, images = (np.concatenate(part) for part in zip(*batches))
-        config.save_array(out / f"{split}_labels.npy", labels)
-        config.save_array(out / f"{split}_images.npy", images)
+        save_array(out / f"{split}_labels.npy", labels)
+        save_array(out / f"{split}_images.npy", images)
         print(f"{out}: {len(images):,} {split} images, per class {np.bincount(labels).tolist()}")
-    config.save_json(out / "classes.json", classes)
+    save_json(out / "classes.json", classes)
 
 
 if __name__ == "__main__":

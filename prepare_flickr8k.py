@@ -7,7 +7,7 @@ Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, 
 
 Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
 each split; tokenizer.json, a BPE trained on the training captions; and {train,val,test}.npy, the captions as one stream
-of token ids for gpt.py. Captions are stored as the model is to say them: lower case, without the full stop at the end.
+of token ids for gpt.py. Captions are stored as the model is to write them: lower case, without the full stop at the end.
 """
 
 import csv
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 import config
+from config.tools.data import download, save_array, save_json, to_pixels
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
@@ -36,13 +37,13 @@ SPLITS = {"train": ("Flickr_8k.trainImages.txt", 6000), "val": ("Flickr_8k.devIm
 
 
 def clean(caption):
-    """The caption as the model is to say it: lower case, single spaces, no full stop at the end."""
+    """The caption as the model is to write it: lower case, single spaces, no full stop at the end."""
     return " ".join(caption.lower().split()).rstrip(" .")
 
 
 def read_flickr8k(out):
     """{photo: captions}, {split: photos}, and a function that opens a photo by its name."""
-    texts, photos = (zipfile.ZipFile(config.download(out / name, [mirror + name for mirror in MIRRORS]))
+    texts, photos = (zipfile.ZipFile(download(out / name, [mirror + name for mirror in MIRRORS]))
                      for name in ("Flickr8k_text.zip", "Flickr8k_Dataset.zip"))
     paths = {path.rsplit("/", 1)[-1]: path for path in photos.namelist()
              if path.endswith(".jpg") and not path.startswith("__MACOSX")}
@@ -57,7 +58,7 @@ def read_flickr8k(out):
 
 
 def read_folder(folder):
-    """The same of a person's own folder; the splits are drawn by photo, with a fixed seed."""
+    """The same for a folder of one's own; the splits are drawn by photo, with a fixed seed."""
     file = folder / "captions.txt"
     if not file.is_file():
         config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}")
@@ -85,7 +86,6 @@ def read_folder(folder):
 def main(argv=None):
     config.override(globals(), argv)
     out = Path(out_dir)
-    config.at_least(1, size=size)
     if source and out == Path("data/flickr8k"):
         config.fail("your own photos need a folder of their own beside Flickr8k's, such as --out_dir=data/mine")
     try:
@@ -97,13 +97,13 @@ def main(argv=None):
     images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
     for i, name in enumerate(names):
         try:
-            images[i] = config.to_pixels(open_photo(name), size).numpy()
+            images[i] = to_pixels(open_photo(name), size).numpy()
         except (OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as e:
             config.fail(f"{name} cannot be read as an image ({e})")
         if i % 100 == 0:
             config.show_progress(f"packing photo {i}/{len(names)}")
     config.show_progress("")
-    config.save_array(out / "images.npy", images)
+    save_array(out / "images.npy", images)
 
     index = {name: i for i, name in enumerate(names)}
     with config.one_line(ValueError):  # a vocab_size that does not hold the bytes
@@ -112,10 +112,10 @@ def main(argv=None):
         texts = [c for name in photos for c in captions[name]]
         random.Random(0).shuffle(texts)
         ids = [i for c in texts for i in (tokenizer.bos_id, *tokenizer.encode(c), tokenizer.eos_id)]
-        config.save_array(out / f"{split}.npy", np.array(ids, dtype=np.uint16))
+        save_array(out / f"{split}.npy", np.array(ids, dtype=np.uint16))
         print(f"{out}: {split}, {len(photos):,} photos, {len(texts):,} captions of {len(ids) / len(texts):.1f} tokens")
-    config.save_json(out / "tokenizer.json", tokenizer.state())
-    config.save_json(out / "captions.json", {"names": names, "captions": [captions[name] for name in names],
+    save_json(out / "tokenizer.json", tokenizer.state())
+    save_json(out / "captions.json", {"names": names, "captions": [captions[name] for name in names],
                                              "splits": {s: [index[n] for n in photos] for s, photos in splits.items()}})
     print(f"{out}: images.npy {images.shape}, {tokenizer.vocab_size} token ids")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+from config.tools.data import download, save_array, save_json
 from model import CharTokenizer
 
 out_dir = "data/shakespeare"  # where the download goes, and what gpt.py reads
@@ -22,13 +23,13 @@ MD5 = "6fb458f1232090904fb40fe944165e91"
 def main(argv=None):
     config.override(globals(), argv)
     out = Path(out_dir)
-    text = config.download(out / "input.txt", URLS, MD5).read_text(encoding="utf-8")
+    text = download(out / "input.txt", URLS, MD5).read_text(encoding="utf-8")
     tokenizer = CharTokenizer(text)
     ids = np.array(tokenizer.encode(text), dtype=np.uint16)
     cut = len(text) * 9 // 10  # the play's last tenth is for validation: contiguous, so that no scene stands in both
-    config.save_array(out / "train.npy", ids[:cut])
-    config.save_array(out / "val.npy", ids[cut:])
-    config.save_json(out / "tokenizer.json", tokenizer.state())
+    save_array(out / "train.npy", ids[:cut])
+    save_array(out / "val.npy", ids[cut:])
+    save_json(out / "tokenizer.json", tokenizer.state())
     print(f"{out}: {cut:,} characters to train on, {len(ids) - cut:,} to validate, {tokenizer.vocab_size} different")
 
 

@@ -1,30 +1,26 @@
 """
-How a run is set up and kept: everything that is mechanical and the same in every stage, so that a stage holds only
-its model, its data and its training step.
+How a run is set up and kept: what is mechanical and the same in every stage, so that a stage holds only its model, its
+data and its training step.
 
-    settings     override, read_settings          defaults < config files < --key=value, left to right
-    machine      pick_device, autocast, count_flops, matmul_peak
-    processes    parts, sum_gradients             a batch cut into parts: torchrun, gradient accumulation
-    training     optimizers, set_lr, Clock        Muon + AdamW; progress by steps or minutes
-    keeping      save, load, resume, Log          checkpoints, out/<run>/log.csv
-    pictures     plot, save_grid                  loss.png, grids of captioned images
-    the world    open_images, to_pixels, download
+    settings     override, LIMITS                 defaults < config files < --key=value, left to right
+    machine      pick_device, place, autocast     device and number type
+    processes    my_share, sum_numbers, gather    torchrun: each process computes a share of the batch
+    training     optimizers, lr_factor, update    Muon + AdamW, one step of them
+    keeping      save, load, resume, Run          checkpoints, out/<run>/log.csv
 
-A config file, config/<recipe>.py, is 10-20 lines of `name = value  # why`. It is parsed, never executed.
+A config file, config/<recipe>.py, is 10-20 lines of `name = value  # why`. It is parsed, never executed. What a stage
+uses and a reader may skip is in config/tools/.
 """
 
 import ast
 import atexit
 import contextlib
 import csv
+import dataclasses
 import difflib
 import functools
-import hashlib
-import io
-import json
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -35,6 +31,22 @@ import torch.distributed as dist
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
 
+POSITIVE = (1, math.inf)
+SHARE = (0, 1)
+LIMITS = {  # setting: its least and its largest value, or the values it may have; a name means the same in every stage
+    **dict.fromkeys(("batch_size", "accumulation", "eval_interval", "beams", "num_captions", "num_samples", "samples",
+                     "max_new_tokens", "captions_per_photo", "block_size", "patch_size", "image_size", "size", "n_val",
+                     "n_layer", "n_head", "n_embd", "vit_layer", "vit_head", "vit_embd", "gpt_layer", "gpt_head",
+                     "gpt_embd", "text_layer", "text_embd", "cross_every"), POSITIVE),
+    **dict.fromkeys(("grad_clip", "temperature", "top_k", "muon_lr", "adam_lr", "lr", "weight_decay", "warmup_steps",
+                     "shift", "length_penalty", "first_size"), (0, math.inf)),
+    **dict.fromkeys(("crop", "jitter", "word_dropout", "cooldown", "growth", "cutmix", "top_p"), SHARE),
+    **dict.fromkeys(("dropout", "label_smoothing", "align_share"), (0, 0.99)),
+    "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "dtype": {"auto", "float32", "bfloat16"},
+    "eval_split": {"train", "val", "test"}, "fusion": {"prefix", "cross"}, "task": {"classify", "clip"},
+    "baseline": {"greedy", "leave_one_out"},
+}
+
 
 def fail(message):
     """End the run with one line that says what to do, and exit status 1."""
@@ -42,8 +54,8 @@ def fail(message):
 
 
 def one_line_errors(main):
-    """Decorator of a script's main(): Ctrl-C and a file system that refuses end in one line, without a traceback; of
-    the processes that torchrun starts, the first alone speaks."""
+    """Decorator of a script's main(): Ctrl-C and errors of the file system end in one line, without a traceback. Of
+    several processes, only the first prints."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -52,7 +64,7 @@ def one_line_errors(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            raise SystemExit("\nstopped by hand; what was saved is kept (training goes on with --init_from=resume)")
+            raise SystemExit("\nstopped by hand; saved files are kept (--init_from=resume continues a training run)")
         except OSError as e:  # no such folder, no permission, no space left on the disk
             fail(str(e))
 
@@ -61,7 +73,7 @@ def one_line_errors(main):
 
 @contextlib.contextmanager
 def one_line(exception):
-    """Inside, an exception of that type is the person's: it ends the run with its message alone."""
+    """Inside, an exception of that type is the user's mistake: it ends the run with its message alone."""
     try:
         yield
     except exception as e:
@@ -95,7 +107,7 @@ def read_settings(path, is_recipe=False):
 
 
 def _cast(key, value, default, where):
-    """value as default's type; a string (of the command line) is read as a literal unless a string is expected."""
+    """value as default's type, within LIMITS; a string is read as a literal unless a string is expected."""
     kind = type(default)
     if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError, SyntaxError):
@@ -104,6 +116,12 @@ def _cast(key, value, default, where):
         value = float(value)
     if type(value) is not kind:
         fail(f"{key} expects {kind.__name__} (such as {default!r}), not {value!r}  ({where})")
+    limits = LIMITS.get(key, ())
+    if isinstance(limits, set) and value not in limits:
+        fail(f"{key}={value}: {' or '.join(sorted(limits))}  ({where})")
+    if isinstance(limits, tuple) and limits and not limits[0] <= value <= limits[1]:
+        fail(f"{key}={value}: at least {limits[0]}"
+             + (f" and at most {limits[1]}" if limits[1] < math.inf else "") + f"  ({where})")
     return value
 
 
@@ -147,11 +165,11 @@ def override(stage, argv=None):
     return settings
 
 
-def recipe_of(run):
-    """The config file whose out_dir is the folder run, with a space before it; empty where there is none."""
+def recipe_of(folder):
+    """The config file whose out_dir is this folder, with a space before it; empty where there is none."""
     for recipe in sorted(Path("config").glob("[!_]*.py")):
-        folder, _ = read_settings(recipe).get("out_dir", ("", ""))
-        if folder and Path(folder) == Path(run):
+        out_dir, _ = read_settings(recipe).get("out_dir", ("", ""))
+        if out_dir and Path(out_dir) == Path(folder):
             return f" {recipe}"
     return ""
 
@@ -172,7 +190,7 @@ def pick_device(device):
     try:
         dev = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):
-        fail(f"device={device} is not to be had here; device=auto takes what there is")
+        fail(f"device={device} is not available here; device=auto takes what there is")
     if several and not dist.is_initialized():
         if dev.type == "cuda":
             torch.cuda.set_device(dev)
@@ -181,15 +199,47 @@ def pick_device(device):
     return dev
 
 
-def autocast(device, dtype):
-    """Context in which matrix products run in dtype: "float32", "bfloat16", or "auto" (bfloat16 on CUDA alone)."""
-    one_of(("auto", "float32", "bfloat16"), dtype=dtype)
-    bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def pick_dtype(dtype, device):
+    """"float32" or "bfloat16". dtype "auto" times a matrix product in both and takes bfloat16 where it is at least 1.3
+    times as fast: on GPUs, and on CPUs that have instructions for it."""
+    if dtype != "auto":
+        return dtype
+    rates = {}
+    for kind in ("float32", "bfloat16"):
+        a = torch.randn((4096, 1024)[device.type == "cpu"], 1024, device=device).to(getattr(torch, kind))
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            (a @ a.T)[0, 0].item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+        rates[kind] = 2e-9 * a.size(0) ** 2 * 1024 / min(seconds)
+    bf16 = torch.tensor(rates["bfloat16"] > 1.3 * rates["float32"], device=device)
+    if dist.is_initialized():
+        dist.broadcast(bf16, 0)
+    chosen = "bfloat16" if bf16 else "float32"
+    print(f"dtype: {chosen} (matrix products reach {rates['float32']:,.0f} GFLOP/s in float32, "
+          f"{rates['bfloat16']:,.0f} in bfloat16)")
+    return chosen
+
+
+def place(model, device, dtype):
+    """The model on the device; autocast(model) computes in dtype. Convolutions on CPUs prefer channels last."""
+    model.compute_dtype = pick_dtype(dtype, device)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def autocast(model):
+    """Context in which the model's matrix products run in the number type that place() has set, else in float32."""
+    bf16 = getattr(model, "compute_dtype", "float32") == "bfloat16"
+    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16)
 
 
 def maybe_compile(model, wanted):
-    """torch.compile(model) where it is asked for and works; the model as it is, with a warning, where it does not."""
+    """torch.compile(model) where it is asked for and works; else the model as it is, with a warning."""
     if not wanted:
         return model
     import torch._dynamo
@@ -197,83 +247,48 @@ def maybe_compile(model, wanted):
     try:
         return torch.compile(model)
     except RuntimeError as e:
-        print(f"warning: torch.compile is not to be had here ({e}); going on without it")
+        print(f"warning: torch.compile is not available here ({e}); continuing without it")
         return model
 
 
-def count_flops(model, example):
-    """{part: FLOPs} of a forward and a backward pass: of the whole model, "Global", and of its modules, such as
-    "ViT.patches". example: a function that runs model forward and returns the loss."""
-    from torch.utils.flop_counter import FlopCounterMode
-    fused = [module for module in model.modules() if getattr(module, "fused", False)]
-    for module in fused:  # attention by hand: of torch's kernels some are not counted, others with what they do twice
-        module.fused = False
-    counter = FlopCounterMode(display=False)
-    with counter:
-        example().backward()
-    for module in fused:
-        module.fused = True
-    model.zero_grad(set_to_none=True)
-    return {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-
-
-def matmul_peak(device, context):
-    """The largest rate, in FLOP/s, of a product of two square matrices here, in the type that context computes in,
-    times the number of processes."""
-    best = 0.0
-    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
-        with context:
-            dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
-            a = torch.randn(size, size, device=device).to(dtype)
-            for _ in range(4):
-                start = time.perf_counter()
-                (a @ a)[0, 0].item()  # waits for the device
-                best = max(best, 2 * size ** 3 / (time.perf_counter() - start))
-    print(f"matrix products reach {best / 1e9:,.0f} GFLOP/s here ({dtype})".replace("torch.", ""))
-    return best * n_processes()
+def show_progress(text):
+    """Overwrite the last line of a terminal with text; prints nothing where the output goes to a file."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
 
 
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
 def is_main():
-    """Whether this process is the one that prints and writes: the first of those that torchrun started, or the only."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Whether this process prints and writes: the first of those that torchrun started, or the only one."""
+    return rank() == 0
 
 
 def n_processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def n_parts(batch_size, accumulation):
-    """Into how many parts a step cuts its batch: accumulation of them one after the other in each process."""
-    n = accumulation * n_processes()
-    if accumulation < 1 or batch_size % n:
-        fail(f"batch_size={batch_size} cannot be cut into {n} equal parts (accumulation={accumulation} a process)")
-    return n
+def check_batch(batch_size, accumulation):
+    """End the run in one line where the batch cannot be cut into equal parts, accumulation of them per process."""
+    if batch_size % (accumulation * n_processes()):
+        fail(f"batch_size={batch_size} cannot be cut into {accumulation * n_processes()} equal parts "
+             f"(accumulation={accumulation} per process)")
 
 
-def parts(model, batch_size, accumulation, seed, step):
-    """Yields the slices of a batch that this process computes, one after the other: all of it where nothing is cut.
-
-    A run is to be the same however its batches are cut, so every process makes the whole batch, its random shifts and
-    all, and takes its slices. What the model itself draws at random, dropout and samples, is drawn for the whole batch
-    too: each part starts from the same seed, and modules with an attribute `part` keep what is theirs (model.Dropout).
-    """
-    n, first = n_parts(batch_size, accumulation), accumulation * (dist.get_rank() if dist.is_initialized() else 0)
-    noisy = [module for module in model.modules() if hasattr(module, "part")]
-    for i in range(first, first + accumulation):
-        for module in noisy:
-            module.part = (i, n)
-        torch.manual_seed(-seed * 1_000_003 - step)  # other numbers than those that the batch was drawn with
-        yield slice(i * batch_size // n, (i + 1) * batch_size // n)
-    for module in noisy:
-        module.part = (0, 1)
+def my_share(batch):
+    """The rows of a batch, a tensor or a list, that this process computes."""
+    n = len(batch) // n_processes()
+    return batch[rank() * n:(rank() + 1) * n] if dist.is_initialized() else batch
 
 
 def sum_gradients(model, loss):
-    """Add the gradients of the processes up, and their losses; returns the sum of the latter, a scalar tensor."""
+    """Add up the gradients of the processes, and their losses; returns the sum of the latter, a scalar tensor."""
     if dist.is_initialized():
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([loss.view(1).float(), *(g.flatten() for g in gradients)])
@@ -306,19 +321,36 @@ def gather(tensor):
 # training
 
 
+def shared_generator(seed, step):
+    """For what all processes draw alike at a step: which rows, which captions."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def seed_step(seed, step):
+    """Seed what each process draws for itself at a step: augmentation, dropout, samples. It depends on the step alone,
+    so that a resumed run draws what an uninterrupted one would."""
+    torch.manual_seed(seed * 1_000_003 + step + rank() * 1_000_000_007)
+
+
+def epoch_rows(n, batch_size, step, seed):
+    """(batch_size,) indices below n of the rows of a step's batch, the same in all processes: each row once per epoch,
+    in an order of its own."""
+    epoch, position = divmod(step, n // batch_size)
+    order = torch.randperm(n, generator=shared_generator(seed, epoch))
+    return order[position * batch_size:(position + 1) * batch_size]
+
+
 def optimizers(model, muon_lr, adam_lr, weight_decay=0.0, betas=(0.9, 0.95)):
-    """[Muon, AdamW] over the parameters that train: Muon turns the momentum of each weight matrix of a linear layer
-    into its nearest semi-orthogonal matrix (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); embeddings,
-    positions, heads, convolutions, gains and biases take AdamW. muon_lr = 0 gives everything to AdamW."""
-    muon, decayed, plain = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if muon_lr and p.ndim == 2 and not any(part in name for part in ("embedding", "positions", "head.")):
-            muon.append(p)
-        else:
-            (decayed if p.ndim >= 2 else plain).append(p)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    """[Muon, AdamW] over the parameters that train. Muon replaces the momentum of a weight matrix by its nearest
+    semi-orthogonal matrix (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). It takes the weights of
+    linear layers that are no output layers (*head); everything else takes AdamW, and so does all with muon_lr = 0."""
+    hidden = {id(module.weight) for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and not name.endswith("head")}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    muon = [p for p in trained if muon_lr and id(p) in hidden]
+    others = [p for p in trained if not (muon_lr and id(p) in hidden)]
+    groups = [{"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
     made = [torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay)] if muon else []
     made += [torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=betas, fused=True)]
     for group in (group for optimizer in made for group in optimizer.param_groups):
@@ -326,117 +358,57 @@ def optimizers(model, muon_lr, adam_lr, weight_decay=0.0, betas=(0.9, 0.95)):
     return made
 
 
-def set_lr(optimizers, factor):
-    """Put every learning rate at factor times its peak."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = factor * group["peak_lr"]
+def lr_factor(step, progress, warmup_steps, cooldown):
+    """The learning rates over their peaks: a linear warm-up, a plateau, then a straight line to zero at progress 1."""
+    return min(1.0, (step + 1) / max(1, warmup_steps), (1.0 - progress) / max(cooldown, 1e-8))
 
 
-def shares(**settings):
-    """End the run in one line where one of the settings is not from 0 to 1."""
-    for name, value in settings.items():
-        if not 0 <= value <= 1:
-            fail(f"{name}={value}: a share, from 0 to 1")
-
-
-def at_least(least, **settings):
-    """End the run in one line where one of the settings is smaller than least."""
-    for name, value in settings.items():
-        if value < least:
-            fail(f"{name}={value}: at least {least}")
-
-
-def one_of(choices, **settings):
-    """End the run in one line where one of the settings is not among the choices."""
-    for name, value in settings.items():
-        if value not in choices:
-            fail(f"{name}={value}: {', '.join(choices[:-1])} or {choices[-1]}")
-
-
-def check_finite(loss, step, out_dir):
-    """The loss, a number or a scalar tensor, as a float; where it is not finite the run ends and names the step."""
-    if not math.isfinite(loss):
-        fail(f"the loss is {float(loss)} at step {step}; {Path(out_dir) / 'last.pt'} is the last good checkpoint")
-    return float(loss)
+def update(model, optimizers, loss, factor, grad_clip):
+    """One step of the optimizers, at factor times their peak rates, after the gradients of all processes are summed and
+    their norm is clipped to grad_clip (0: not). loss: this process's share of the batch's loss, a scalar tensor.
+    Returns the loss of the whole batch; NaN where the gradient is not finite."""
+    loss = sum_gradients(model, loss)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.where(grad_norm.isfinite(), loss, math.nan)
 
 
 class Clock:
-    """Training time, evaluations not counted, and how far the run is: by steps or by minutes, whichever is further."""
+    """Training time, evaluations not counted, and how far a phase is: by steps or by minutes, whichever is further.
 
-    def __init__(self, max_steps, max_minutes, seconds=0.0):
+    max_steps, max_minutes: the end of the phase; 0 for one of them means that the other decides. seconds: trained so
+    far. first_step, first_seconds: where the phase began.
+    """
+
+    def __init__(self, max_steps, max_minutes, seconds=0.0, first_step=0, first_seconds=0.0):
         if max_steps <= 0 and max_minutes <= 0:
             fail("a run needs an end: max_steps or max_minutes above 0")
         self.max_steps, self.max_seconds = max_steps, 60 * max_minutes
-        self.start, self.stopped = time.time() - seconds, None
+        self.first_step, self.first_seconds = first_step, first_seconds
+        self.start, self.stopped = time.monotonic() - seconds, None
 
     def seconds(self):
-        return (self.stopped or time.time()) - self.start
+        return (time.monotonic() if self.stopped is None else self.stopped) - self.start
 
     def progress(self, step):
-        """In [0, 1]; at 1 the run is over."""
-        by_steps = step / self.max_steps if self.max_steps > 0 else 0.0
-        by_time = self.seconds() / self.max_seconds if self.max_seconds > 0 else 0.0
-        return min(1.0, max(by_steps, by_time))
+        """In [0, 1]; at 1 the phase is over."""
+        part = lambda now, first, last: (now - first) / max(last - first, 1e-9) if last > 0 else 0.0
+        return min(1.0, max(part(step, self.first_step, self.max_steps),
+                            part(self.seconds(), self.first_seconds, self.max_seconds)))
 
-    def shared_progress(self, step, device):
-        """progress(), the same in all processes: where minutes count, the first process's clock decides."""
-        progress = self.progress(step)
-        if dist.is_initialized() and self.max_seconds > 0:
-            said = torch.tensor([progress], device=device)
-            dist.broadcast(said, 0)
-            progress = said.item()
-        return progress
+    def stop(self):
+        self.stopped = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self):
-        self.stopped = time.time()
+        self.stop()
         yield
-        self.start += time.time() - self.stopped
+        self.start += time.monotonic() - self.stopped
         self.stopped = None
-
-
-def shift_and_mirror(images, shift, mirrored):
-    """(B, 3, H, W) images, each moved by up to shift pixels in both directions (what comes in is black) and, where the
-    (B,) booleans say so, mirrored. Draws from torch's global generator."""
-    (B, _, H, W), dev = images.shape, images.device
-    padded = torch.nn.functional.pad(images, (shift,) * 4)
-    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=dev)
-    rows, columns = top + torch.arange(H, device=dev), left + torch.arange(W, device=dev)  # (B, H), (B, W)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    each = torch.arange(B, device=dev)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-
-
-def augment_photos(images, captions, crop, jitter, mirror):
-    """(B, 3, H, W) photos -> (B, 3, H, W) float: of each a part with a share from crop to 1 of its area and sides that
-    are stretched by up to 4 / 3, brought back to H x W; with mirror half of them mirrored, but none of which a caption
-    (captions: a list for each photo) says left or right; brightness, contrast and saturation changed by factors from
-    1 - jitter to 1 + jitter. Draws from torch's global generator."""
-    B, dev, images = len(images), images.device, images.float()
-    sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
-    mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
-    area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
-    stretch = stretch.clamp(area, 1 / area)  # a part is nowhere larger than the photo
-    sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, B), shares of width and height
-    middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
-    gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
-    if crop < 1 or mirrored.any():
-        theta = torch.zeros(B, 2, 3)
-        theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
-        theta[:, :, 2] = middle.T
-        where = torch.nn.functional.affine_grid(theta.to(dev), images.shape, align_corners=False)
-        images = torch.nn.functional.grid_sample(images, where, padding_mode="border", align_corners=False)
-    if jitter:
-        images = images * gain[0]
-        images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, gain[1])
-        images = images.mean(dim=1, keepdim=True).lerp(images, gain[2]).clamp(0, 255)
-    return images
-
-
-def show_progress(text):
-    """Overwrite the last line of a terminal with text; says nothing where the output goes to a file."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,292 +427,174 @@ def save(path, checkpoint):
         fail(f"could not write {path} (is the disk full?): {str(e).splitlines()[0]}")
 
 
-def load(path, train_with, device="cpu", has=None):
-    """The checkpoint at path; train_with is the command that makes one, for the message when there is none (with the
-    recipe that writes to its folder, if one does); has: names of which the config of such a checkpoint holds one, as
-    those of other stages do not."""
+def load(path, *stages, train_with=None):
+    """The checkpoint at path, on the CPU, saved by one of the stages ("vit", "gpt", ...). Without the file, the message
+    names the command that makes it: the recipe that writes to its folder, or train_with, or the stage."""
     if not Path(path).is_file():
         recipe = recipe_of(Path(path).parent)
-        train_with = " ".join(train_with.split()[:2]) + recipe if recipe else train_with
-        fail(f"no checkpoint {path} yet; train one first: {train_with}")
+        command = f"python {stages[0]}.py{recipe}" if recipe else train_with or f"python {stages[0]}.py"
+        fail(f"no checkpoint {path} yet; train one first: {command}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
         fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
-    ours = isinstance(checkpoint, dict) and "config" in checkpoint
-    if not ours or (has and not any(name in checkpoint["config"] for name in has)):
-        fail(f"{path} is a checkpoint of another kind than is needed here")
+    stage = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
+    if stage not in stages:
+        fail(f"{path} is no checkpoint of {' or '.join(stages)}, but of {stage or 'an older version'}")
     return checkpoint
 
 
-def resume(out_dir, init_from, settings, train_with, start="scratch", tokenizer=None):
-    """With init_from=resume the checkpoint to go on from, out_dir/last.pt; None with the stage's other word, start.
+# settings that a resumed run may change: how long it is, when it reports, what is done with its result
+FREE = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "accumulation",
+        "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "beams", "length_penalty", "num_captions",
+        "image", "texts", "eval_only", "eval_split", "baselines", "prompt"}
 
-    A resumed run is the same run: a setting that has changed is an error, unless it only tells how long the run is or
-    when it speaks; and so is another tokenizer (its state(), of the data) than the run began with.
+
+def resume(stage, settings, start="scratch", tokenizer=None):
+    """With init_from=resume the checkpoint that the run continues from, out_dir/last.pt; None with init_from=start.
+
+    A resumed run is the same run: a setting that has changed is an error, unless it is one of FREE; and so is another
+    tokenizer (its state(), of the data) than the run began with.
     """
-    one_of((start, "resume"), init_from=init_from)
+    init_from, out_dir = settings["init_from"], Path(settings["out_dir"])
+    if init_from not in (start, "resume"):
+        fail(f"init_from={init_from}: {start} or resume")
     if init_from == start:
         return None
-    checkpoint = load(Path(out_dir) / "last.pt", train_with)
-    free = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "accumulation",
-            "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "beams", "length_penalty", "num_captions",
-            "image", "texts", "mirror_eval", "eval_only", "eval_split", "judgements", "baselines"}
+    checkpoint = load(out_dir / "last.pt", stage)
     for name, was in checkpoint["settings"].items():
         if name in settings and settings[name] != was:
-            if name not in free:
+            if name not in FREE:
                 fail(f"{name} is {settings[name]!r} and was {was!r} in the run to resume; it takes the same settings")
             print(f"note: {name} is {settings[name]!r}, and was {was!r} when the run began")
     if tokenizer and checkpoint["tokenizer"] != tokenizer:
-        fail(f"the data has another tokenizer than when {out_dir} began; start anew, with init_from={start}")
-    print(f"going on from {Path(out_dir) / 'last.pt'}, step {checkpoint['step']}")
+        fail(f"the data has another tokenizer than when {out_dir} began; start anew, with --init_from={start}")
+    print(f"resuming from {out_dir / 'last.pt'}, step {checkpoint['step']}")
     return checkpoint
 
 
-def set_aside(out_dir):
-    """Rename the checkpoints that a new run finds in its folder to *.old.pt."""
-    for old in [p for p in sorted(Path(out_dir).glob("*.pt")) if not p.name.endswith(".old.pt")]:
-        old.replace(old.with_suffix(".old.pt"))
-        print(f"renamed {old} to {old.with_suffix('.old.pt').name}")
+def set_aside(out_dir, dataset):
+    """Rename the checkpoints that a new run finds in its folder to *.old.pt, *.old2.pt, ...; end the run if they are of
+    another dataset."""
+    if (out_dir / "last.pt").is_file():
+        other = load(out_dir / "last.pt", "vit", "gpt", "mllm", "scst").get("dataset")
+        if other != dataset:
+            fail(f"{out_dir} holds a run on {other}, this one is on {dataset}; give it --out_dir={out_dir}_{dataset}")
+    for old in [p for p in sorted(out_dir.glob("*.pt")) if ".old" not in p.name]:
+        names = (old.with_suffix(f".old{n if n > 1 else ''}.pt") for n in range(1, 10 ** 6))
+        name = next(name for name in names if not name.exists())
+        old.replace(name)
+        print(f"renamed {old} to {name.name}")
 
 
-class Log:
-    """One printed line an interval, and the same as a row of out_dir/log.csv."""
+class Run:
+    """A training run: its step, its log and its checkpoints. One printed line per evaluation, and the same as a row of
+    out_dir/log.csv."""
 
-    def __init__(self, out_dir, columns, clock, resume=None, flops=0.0, peak=0.0):
-        """columns: the names of the numbers that write() may be given; resume: the checkpoint that the run goes on
-        from, whose later rows are dropped; without one the run is new, and checkpoints in its folder are set aside.
-        flops: the arithmetic of one item (token, image) in a step; peak: the FLOP/s that the processes could reach."""
-        self.path, self.clock, self.flops, self.peak = Path(out_dir) / "log.csv", clock, flops, peak
-        self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "share_of_peak", "minutes"]
-        if not is_main():
-            return
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        if resume is None:
-            set_aside(out_dir)
-        self.last = (resume["step"] if resume else 0, clock.seconds())
-        rows = []
-        if resume and self.path.is_file():
-            with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= resume["step"]
-                        and not any(value for name, value in row.items() if "test" in name)]  # of the end of a run
-        with open(self.path, "w", newline="") as f:
-            csv.DictWriter(f, self.columns, restval="").writeheader()
-            csv.DictWriter(f, self.columns, restval="").writerows(rows)
+    def __init__(self, stage, settings, dataset, model, optimizers, columns, resumed=None, best="best.pt", clock=None,
+                 continues=False):
+        """columns: names of the numbers that log() may be given. resumed: the checkpoint that the run continues from,
+        whose later rows are dropped. best: file name of the best checkpoint. clock: where the run has phases, that of
+        this one. continues: after another phase of the same run; a new run sets checkpoints in its folder aside."""
+        self.out, self.best_path, self.best = Path(settings["out_dir"]), Path(settings["out_dir"], best), -math.inf
+        self.model, self.optimizers, self.settings = model, optimizers, settings
+        self.kept = {"stage": stage, "dataset": dataset, "settings": settings}  # what every checkpoint says of the run
+        self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
+        self.clock = clock or Clock(settings["max_steps"], settings["max_minutes"])
+        self.step, self.losses, self.recent = self.clock.first_step, [], []  # recent: losses before this evaluation
+        if resumed:
+            self.step, self.best = resumed["step"], resumed["best"]
+            self.clock.start = time.monotonic() - resumed["seconds"]
+            model.load_state_dict(resumed["model"])
+            for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        self.evaluated = self.step if resumed or continues else -1  # the step of the last evaluation
+        self.paced = (self.step, self.clock.seconds())  # step and time of the last printed line
+        if is_main() and not continues:
+            if not resumed:
+                set_aside(self.out, dataset)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._write_rows(self._rows_until(resumed["step"]) if resumed else [], "w")
 
-    def write(self, step, numbers, lr=None, items=None, unit="", file_only=None):
-        """numbers: {column: number or str}; file_only: more of them, not printed; items: how many units (tokens,
-        images) one step takes. The share of the peak is that of the matrix products, at the measured pace."""
-        text, row = [f"step {step}" + (f"/{self.clock.max_steps}" if self.clock.max_steps > 0 else "")], {"step": step}
+    def _rows_until(self, step):
+        """The rows of the log up to a step, without those that the end of a run adds."""
+        if not (self.out / "log.csv").is_file():
+            return []
+        with open(self.out / "log.csv", newline="") as f:
+            return [row for row in csv.DictReader(f) if int(row["step"]) <= step
+                    and not any(value for name, value in row.items() if "test" in name)]
+
+    def _write_rows(self, rows, mode):
+        with open(self.out / "log.csv", mode, newline="") as f:
+            writer = csv.DictWriter(f, self.columns, restval="")
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def progress(self):
+        """How far the run is, in [0, 1], the same in all processes: where minutes count, the first one's decide."""
+        progress = torch.tensor([self.clock.progress(self.step)], dtype=torch.float64)
+        if dist.is_initialized() and self.clock.max_seconds > 0:
+            progress = progress.to(device_of(self.model), torch.float32)
+            dist.broadcast(progress, 0)
+        return progress.item()
+
+    def due(self, progress):
+        """Whether this process is to evaluate, log and save now."""
+        if self.step % self.settings["eval_interval"] and progress < 1 or self.evaluated == self.step:
+            return False
+        self.evaluated, self.recent, self.losses = self.step, self.losses, []
+        return is_main()
+
+    def advance(self, loss):
+        """A step is done; its loss is read one step late, so that a GPU continues to work meanwhile."""
+        self.losses.append(loss)
+        self.step += 1
+        if len(self.losses) > 1:
+            previous = self.losses[-2].item()
+            self.check_finite(previous, self.step - 2)
+            show_progress(f"step {self.step} | loss {previous:.3f}")
+
+    def check_finite(self, loss, step):
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step}; {self.out / 'last.pt'} is the last good checkpoint")
+
+    def log(self, numbers, lr=None, items=None, unit="", file_only=None):
+        """numbers: {column: number or str}; file_only: more of them, not printed. items: how many units (tokens,
+        images) one step takes. The mean loss since the last evaluation is added as the column train."""
+        if self.recent:
+            numbers = {"train": torch.stack(self.recent).mean().item()} | numbers
+        for name in ("train", "val"):
+            self.check_finite(numbers.get(name, 0.0), self.step)
+        last = f"/{self.settings['max_steps']}" if self.settings["max_steps"] > 0 else ""
+        text, row = [f"step {self.step}{last}"], {"step": self.step}
         for name, value in (numbers | (file_only or {})).items():
             row[name] = value if isinstance(value, str) else f"{value:.6g}"
             if name in numbers:
                 text.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}")
+        seconds, (last_step, last_seconds) = self.clock.seconds(), self.paced
         if lr is not None:
-            (last_step, last_seconds), seconds = self.last, self.clock.seconds()
-            pace, self.last = (seconds - last_seconds) / max(1, step - last_step), (step, seconds)
-            done = self.clock.progress(step)
-            left = seconds * (1 - done) / done if done else 0
             text.append(f"lr {lr:.1e}")
-            if step > last_step:
-                rate = items / pace
-                short = f"{rate / 1000:.1f}k" if rate > 9999 else f"{rate:.0f}"
-                share = rate * self.flops / self.peak if self.peak else 0.0
-                text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s", f"{100 * share:.0f}% of peak"]
-                text += [f"{int(left) // 60}m{int(left) % 60:02d}s left"]
-                row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{rate:.1f}",
-                        "share_of_peak": f"{share:.4f}"}
-            row |= {"lr": f"{lr:.4e}"}
-        row["minutes"] = f"{self.clock.seconds() / 60:.3f}"
+            row["lr"] = f"{lr:.4e}"
+        if items and self.step > last_step:
+            pace, done = (seconds - last_seconds) / (self.step - last_step), self.clock.progress(self.step)
+            left = (seconds - self.clock.first_seconds) * (1 - done) / done
+            short = f"{items / pace / 1000:.1f}k" if items / pace > 9999 else f"{items / pace:.0f}"
+            text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s", f"{int(left) // 60}m{int(left) % 60:02d}s left"]
+            row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{items / pace:.1f}"}
+            self.paced = (self.step, seconds)
+        row["minutes"] = f"{seconds / 60:.3f}"
         show_progress("")
         if len(text) > 1:
             print(" | ".join(text), flush=True)
-        with open(self.path, "a", newline="") as f:
-            csv.DictWriter(f, self.columns, restval="").writerow(row)
+        self._write_rows([row], "a")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
-
-
-def plot(out_dir, left=("train", "val"), right=(), ylabel="loss"):
-    """Draw columns of out_dir/log.csv over the step into out_dir/loss.png; the right ones have an axis of their own."""
-    import matplotlib
-    matplotlib.use("Agg")  # a file, never a window
-    import matplotlib.pyplot as plt
-    with open(Path(out_dir) / "log.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes = [(axis, column, "-") for column in left]
-    if right:
-        axes += [(second, column, "--") for second in [axis.twinx()] for column in right]
-        axes[-1][0].set_ylabel(", ".join(right))
-    for i, (a, column, style) in enumerate(axes):
-        points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
-        if points:
-            a.plot(*zip(*points), style, color=f"C{i}", label=column)
-    axis.set(xlabel="step", ylabel=ylabel, title=Path(out_dir).name)
-    figure.legend(loc="outside lower center", ncols=len(axes))
-    figure.savefig(Path(out_dir) / "loss.png", dpi=110)
-    plt.close(figure)
-
-
-def save_grid(path, images, titles, columns=4, width=34):
-    """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row."""
-    import textwrap
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = math.ceil(len(images) / columns)
-    wrapped = ["\n".join(textwrap.fill(line, width) for line in title.splitlines()) for title in titles]
-    deepest = max(text.count("\n") + 1 for text in wrapped)
-    height = rows * (2.6 + 0.19 * deepest)  # inches
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, height), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, text in zip(axes.flat, images, wrapped):
-        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
-        axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
-                  parse_math=False)  # a caption may hold a $
-    figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / 2.6)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the world
-
-
-def to_pixels(image, size):
-    """A PIL image as a (3, size, size) uint8 tensor: turned upright, to RGB, resized without keeping the proportions
-    (the whole photo is seen, and training and inference see it alike)."""
-    import numpy as np
-    from PIL import Image, ImageOps
-    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
-
-
-def open_images(where):
-    """[(name, PIL image)] of an image file, of each image in a folder, or of a URL; large ones are reduced to 1024
-    pixels, which a folder full of photos needs."""
-    from PIL import Image
-    where = os.path.expanduser(where)
-    if where.startswith(("http://", "https://")):
-        import requests
-        try:
-            reply = requests.get(where, timeout=30)
-            reply.raise_for_status()
-        except requests.RequestException as e:
-            fail(f"could not fetch {where} (no network?): {type(e).__name__}")
-        sources = [(where.rsplit("/", 1)[-1], io.BytesIO(reply.content))]
-    elif Path(where).is_dir():
-        endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-        sources = [(p.name, p) for p in sorted(Path(where).iterdir()) if p.suffix.lower() in endings]
-        if not sources:
-            fail(f"{where}: a folder without images ({', '.join(endings)})")
-    elif Path(where).is_file():
-        sources = [(Path(where).name, Path(where))]
-    else:
-        fail(f"{where}: no such image file or folder")
-    images = []
-    for name, source in sources:
-        try:
-            image = Image.open(source)
-            image.thumbnail((1024, 1024))
-            image.load()
-            images.append((name, image))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
-            fail(f"{name}: not an image that Pillow can read")
-    return images
-
-
-def download(path, urls, md5=None):
-    """Fetch path from the first of urls that answers, resuming a partial file; a file already there is used as it is.
-
-    md5: the official checksum, or None where none is known. A download that differs is an error, a file that already
-    lay there and differs is used with one printed line.
-    """
-    path = Path(path)
-    if path.is_file():
-        if md5 and md5_of(path) != md5:
-            print(f"note: {path} lay here already and is not the official file (its md5 differs); using it as it is")
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, problems = Path(f"{path}.partial"), []
-    for url in urls:
-        try:
-            _fetch(url, partial)
-        except OSError as e:  # requests' exceptions are OSErrors too
-            problems.append(f"{url} ({type(e).__name__})")
-            continue
-        if md5 and md5_of(partial) != md5:
-            partial.unlink()
-            problems.append(f"{url} (its md5 differs)")
-            continue
-        os.replace(partial, path)
-        return path
-    fail(f"could not download {path.name}; fetch it by hand and put it at {path}. Tried " + ", ".join(problems))
-
-
-def _fetch(url, partial):
-    """Append what is missing of url to the file partial."""
-    import requests
-    have = partial.stat().st_size if partial.is_file() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, stream=True, timeout=30, headers=headers) as reply:
-        if reply.status_code == 416:  # nothing is missing
-            return
-        reply.raise_for_status()
-        have = have if reply.status_code == 206 else 0  # 200: the server sends it all again
-        total = have + int(reply.headers.get("Content-Length", 0))
-        with open(partial, "ab" if have else "wb") as f:
-            for chunk in reply.iter_content(1 << 20):
-                f.write(chunk)
-                have += len(chunk)
-                show_progress(f"{partial.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB")
-        show_progress("")
-        if have < total:
-            raise ConnectionError("the connection broke off")
-
-
-def save_array(path, array):
-    """np.save to a temporary name, then moved into place."""
-    import numpy as np
-    np.save(f"{path}.partial.npy", array)
-    os.replace(f"{path}.partial.npy", path)
-
-
-def save_json(path, value):
-    """json.dump to a temporary name, then moved into place."""
-    Path(f"{path}.partial").write_text(json.dumps(value), encoding="utf-8")
-    os.replace(f"{path}.partial", path)
-
-
-def load_data(path, prepare_with):
-    """The memory-mapped array (*.npy) or the value (*.json) at path; prepare_with is the command that makes it."""
-    import numpy as np
-    if not Path(path).is_file():
-        fail(f"no data at {path} yet; make it first: {prepare_with}")
-    return np.load(path, mmap_mode="r") if str(path).endswith(".npy") else json.loads(Path(path).read_text("utf-8"))
-
-
-def prepare_captions(dataset):
-    """The command that makes the folder data/<dataset> of photos and captions."""
-    return "python prepare_flickr8k.py" + (f" --source=DIR --out_dir=data/{dataset}" if dataset != "flickr8k" else "")
-
-
-def load_captioned(dataset, image_size):
-    """The folder data/<dataset> that prepare_flickr8k.py wrote: images, a memory-mapped (n, 3, image_size, image_size)
-    uint8 array; the table of names, captions and splits; and the state of the tokenizer."""
-    prepare = prepare_captions(dataset)
-    images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
-                            for name in ("images.npy", "captions.json", "tokenizer.json"))
-    if images.shape[-1] != image_size:
-        fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
-             f"run {prepare} --size={image_size}")
-    return images, table, state
-
-
-def md5_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "md5").hexdigest()
+    def save(self, score, **more):
+        """Write last.pt, and the best checkpoint where score is higher than ever. more: what else it is to hold."""
+        is_best, self.best = score > self.best, max(score, self.best)
+        checkpoint = {"model": self.model.state_dict(), "config": dataclasses.asdict(self.model.config),
+                      "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "best": self.best,
+                      "seconds": self.clock.seconds(), "dtype": self.model.compute_dtype, **self.kept, **more}
+        if is_best:
+            save(self.best_path, checkpoint)
+        save(self.out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again

@@ -1,7 +1,6 @@
 """The language of captions: a GPT on the captions of Flickr8k's 6,000 training photos, on two CPU cores."""
 out_dir = "out/captions_cpu"
 dataset = "flickr8k"
-dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
 max_minutes = 2.5
 max_steps = 0
 batch_size = 64

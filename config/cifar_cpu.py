@@ -1,6 +1,5 @@
 """CIFAR-10 on two CPU cores: 40 minutes of training."""
 out_dir = "out/cifar_cpu"
-dtype = "bfloat16"  # with AVX512-BF16 or AMX: 2 to 5 times as fast as float32, which is the choice elsewhere
 max_minutes = 40.0
 max_steps = 0
 batch_size = 128

@@ -1,7 +1,6 @@
 """Captions of Flickr8k photos, from CLIP's ViT and the GPT of stage 2, on two CPU cores: 26 minutes of training."""
 out_dir = "out/flickr8k_cpu"
 dataset = "flickr8k"
-dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
 vit_ckpt = "out/clip_cpu/best.pt"  # python vit.py config/clip_cpu.py
 gpt_ckpt = "out/captions_cpu/best.pt"  # python gpt.py config/captions_cpu.py
 image_size = 96  # as prepare_flickr8k.py packs them
@@ -12,7 +11,7 @@ align_share = 0.03  # the minute of the connector and the cross-attention, which
 batch_size = 64
 captions_per_photo = 2
 max_tokens = 32
-crop = 0.5  # this and the next five put off that the photos are learnt by heart; README has trials of most
+crop = 0.5  # this and the next five delay that the photos are memorised; the lab notebook has trials of most
 jitter = 0.2
 mirror = True
 word_dropout = 0.1

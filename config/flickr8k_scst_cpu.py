@@ -1,7 +1,6 @@
 """SCST of the Flickr8k captioner on two CPU cores: 22 minutes of training."""
 out_dir = "out/flickr8k_scst_cpu"
 sft_dir = "out/flickr8k_cpu"  # python mllm.py config/flickr8k_cpu.py
-dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
 max_minutes = 22.0
 batch_size = 48  # photos
 samples = 4  # captions each

@@ -1,6 +1,5 @@
 """Tiny Shakespeare on two CPU cores: 6 minutes of training."""
 out_dir = "out/shakespeare_cpu"
-dtype = "bfloat16"  # with AVX512-BF16 or AMX; float32 elsewhere
 max_minutes = 6.0
 max_steps = 0
 batch_size = 32
@@ -8,6 +7,6 @@ block_size = 64  # 128 take longer to learn the first things, and more of a step
 n_layer = 4
 n_head = 4
 n_embd = 128  # more learn more in many minutes, and less in one
-dropout = 0.0  # the text is read fourteen times, too few to know it by heart
+dropout = 0.0  # the text is read fourteen times, too few to memorise it
 warmup_steps = 10  # a run of seconds has no time for more
 eval_interval = 500

@@ -1,0 +1,187 @@
+"""Data in files: images read and augmented, downloads, packed arrays."""
+
+import hashlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from config import fail, show_progress
+
+
+def to_pixels(image, size):
+    """A PIL image as a (3, size, size) uint8 tensor: turned upright, to RGB, resized without keeping the proportions
+    (the whole photo is seen, and training and inference see it alike)."""
+    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+def open_images(where):
+    """The images of a file, a folder or a URL, a list of (name, PIL image); and the names of the files in a folder that
+    Pillow cannot read. Large images are reduced to 1024 pixels, so that a folder of photos fits into memory."""
+    where = os.path.expanduser(where)
+    if where.startswith(("http://", "https://")):
+        import requests
+        try:
+            reply = requests.get(where, timeout=30)
+            reply.raise_for_status()
+        except requests.RequestException as e:
+            fail(f"could not fetch {where} (no network?): {type(e).__name__}")
+        sources = [(where.rsplit("/", 1)[-1], io.BytesIO(reply.content))]
+    elif Path(where).is_dir():
+        endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+        sources = [(p.name, p) for p in sorted(Path(where).iterdir()) if p.suffix.lower() in endings]
+        if not sources:
+            fail(f"{where}: a folder without images ({', '.join(endings)})")
+    elif Path(where).is_file():
+        sources = [(Path(where).name, Path(where))]
+    else:
+        fail(f"{where}: no such image file or folder")
+    images, broken = [], []
+    for name, source in sources:
+        try:
+            image = Image.open(source)
+            image.thumbnail((1024, 1024))
+            image.load()
+            images.append((name, image))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
+            broken.append(name)
+    if not images:
+        fail(f"{', '.join(broken)}: not an image that Pillow can read")
+    return images, broken
+
+
+def shift_and_mirror(images, shift, mirrored):
+    """(B, 3, H, W) images, each moved by up to shift pixels in both directions (what comes in is black) and, where the
+    (B,) booleans say so, mirrored. Draws from torch's global generator."""
+    (B, _, H, W), dev = images.shape, images.device
+    padded = F.pad(images, (shift,) * 4)
+    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=dev)
+    rows, columns = top + torch.arange(H, device=dev), left + torch.arange(W, device=dev)  # (B, H), (B, W)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    each = torch.arange(B, device=dev)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+
+
+def augment_photos(images, captions, crop, jitter, mirror):
+    """(B, 3, H, W) photos -> (B, 3, H, W) float, augmented with draws from torch's global generator.
+
+    Of each photo a part is seen, of crop to 1 times its area, its sides stretched by up to 4 / 3, resized to H x W. With
+    mirror half of the photos are mirrored, but none with a caption (captions: a list for each photo) that says left or
+    right. Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter.
+    """
+    B, dev, images = len(images), images.device, images.float()
+    sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
+    mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
+    area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
+    stretch = stretch.clamp(area, 1 / area)  # a part is nowhere larger than the photo
+    sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, B), shares of width and height
+    middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
+    gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
+    if crop < 1 or mirrored.any():
+        theta = torch.zeros(B, 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
+        theta[:, :, 2] = middle.T
+        where = F.affine_grid(theta.to(dev), images.shape, align_corners=False)
+        images = F.grid_sample(images, where, padding_mode="border", align_corners=False)
+    if jitter:
+        images = images * gain[0]
+        images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, gain[1])
+        images = images.mean(dim=1, keepdim=True).lerp(images, gain[2]).clamp(0, 255)
+    return images
+
+
+def download(path, urls, md5=None):
+    """Fetch path from the first of urls that answers, resuming a partial file; a file already there is used as it is.
+
+    md5: the official checksum, or None where none is known. A download that differs is an error; a file that was there
+    already and differs is used, with one printed line.
+    """
+    path = Path(path)
+    if path.is_file():
+        if md5 and md5_of(path) != md5:
+            print(f"note: {path} lay here already and is not the official file (its md5 differs); using it as it is")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, problems = Path(f"{path}.partial"), []
+    for url in urls:
+        try:
+            _fetch(url, partial)
+        except OSError as e:  # requests' exceptions are OSErrors too
+            problems.append(f"{url} ({type(e).__name__})")
+            continue
+        if md5 and md5_of(partial) != md5:
+            partial.unlink()
+            problems.append(f"{url} (its md5 differs)")
+            continue
+        os.replace(partial, path)
+        return path
+    fail(f"could not download {path.name}; fetch it by hand and put it at {path}. Tried " + ", ".join(problems))
+
+
+def _fetch(url, partial):
+    """Append what is missing of url to the file partial."""
+    import requests
+    have = partial.stat().st_size if partial.is_file() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, stream=True, timeout=30, headers=headers) as reply:
+        if reply.status_code == 416:  # nothing is missing
+            return
+        reply.raise_for_status()
+        have = have if reply.status_code == 206 else 0  # 200: the server sends it all again
+        total = have + int(reply.headers.get("Content-Length", 0))
+        with open(partial, "ab" if have else "wb") as f:
+            for chunk in reply.iter_content(1 << 20):
+                f.write(chunk)
+                have += len(chunk)
+                show_progress(f"{partial.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB")
+        show_progress("")
+        if have < total:
+            raise ConnectionError("the connection broke off")
+
+
+def save_array(path, array):
+    """np.save to a temporary name, then moved into place."""
+    np.save(f"{path}.partial.npy", array)
+    os.replace(f"{path}.partial.npy", path)
+
+
+def save_json(path, value):
+    """json.dump to a temporary name, then moved into place."""
+    Path(f"{path}.partial").write_text(json.dumps(value), encoding="utf-8")
+    os.replace(f"{path}.partial", path)
+
+
+def load_data(path, prepare_with):
+    """The memory-mapped array (*.npy) or the value (*.json) at path; prepare_with: the command that makes it."""
+    if not Path(path).is_file():
+        fail(f"no data at {path} yet; make it first: {prepare_with}")
+    return np.load(path, mmap_mode="r") if str(path).endswith(".npy") else json.loads(Path(path).read_text("utf-8"))
+
+
+def prepare_command(dataset):
+    """The command that makes the folder data/<dataset> of photos and captions."""
+    return "python prepare_flickr8k.py" + (f" --source=DIR --out_dir=data/{dataset}" if dataset != "flickr8k" else "")
+
+
+def load_photos(dataset, image_size):
+    """The folder data/<dataset> of prepare_flickr8k.py: images, a memory-mapped (n, 3, image_size, image_size) uint8
+    array; the table of names, captions and splits; and the state of the tokenizer."""
+    prepare = prepare_command(dataset)
+    images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
+                            for name in ("images.npy", "captions.json", "tokenizer.json"))
+    if images.shape[-1] != image_size:
+        fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
+             f"run {prepare} --size={image_size}")
+    return images, table, state
+
+
+def md5_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "md5").hexdigest()

@@ -1,0 +1,170 @@
+"""
+Metrics of captions: words, BLEU, CIDEr-D, what an evaluation reports; and captions of the photos that look most alike,
+a baseline without learning.
+"""
+
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import show_progress
+
+UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are "
+                 "its his her their another two".split())  # a caption that ends so was cut off
+
+
+def words_of(text):
+    """The words of a caption as the PTB tokenizer of the COCO caption evaluation cuts them: lower case, contractions
+    split (do n't, dog 's), hyphenated words whole, punctuation dropped. It differs in what hardly occurs in captions:
+    abbreviations lose their last full stop, and brackets are dropped where COCO's leaves -lrb- and -rrb-."""
+    text = re.sub(r"\bcannot\b", "can not", text.lower().replace("’", "'"))
+    text = re.sub(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text)
+    return re.findall(r"(?<!\S)(?:n't|'(?:s|m|d|re|ve|ll))\b|[^\W_]+(?:[-./,'][^\W_]+)*|[&$%#@+=*/]", text)
+
+
+def count_ngrams(words, n):
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(candidates, references):
+    """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
+
+    candidates: list of str; references: a list of str for each candidate.
+    """
+    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for candidate, refs in zip(candidates, references, strict=True):
+        words, refs = words_of(candidate), [words_of(ref) for ref in refs]
+        length += len(words)
+        reference_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
+        for n in range(1, 5):
+            allowed = Counter()
+            for ref in refs:
+                allowed |= count_ngrams(ref, n)  # the largest count in any one reference
+            counts = count_ngrams(words, n)
+            matched[n - 1] += (counts & allowed).total()
+            total[n - 1] += counts.total()
+    brevity = min(1.0, math.exp(1 - reference_length / length)) if length else 0.0
+    precisions = [m / t if t else 0.0 for m, t in zip(matched, total)]
+    return [brevity * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
+
+
+def document_frequencies(references):
+    """references: for each image a list of word lists -> ({n-gram: in how many images' references it occurs, n = 1 to
+    4}, how many images there are)"""
+    df = Counter()
+    for refs in references:
+        df.update({ngram for ref in refs for n in range(1, 5) for ngram in count_ngrams(ref, n)})
+    return df, len(references)
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
+
+    references: for each image a list of word lists. df: what document_frequencies() gives; None counts these
+    references.
+    """
+
+    sigma = 6.0
+
+    def __init__(self, references, df=None):
+        self.df, n_images = df or document_frequencies(references)
+        self.log_images = math.log(max(1, n_images))
+        self.references = [[self.vectors(ref) for ref in refs] for refs in references]
+
+    def vectors(self, words):
+        """The tf-idf vectors {n-gram: count * idf} for n = 1 to 4, their norms, and the length in bigrams."""
+        vectors = [{ngram: count * (self.log_images - math.log(self.df.get(ngram, 1)))
+                    for ngram, count in count_ngrams(words, n).items()} for n in range(1, 5)]
+        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
+        return vectors, norms, max(0, len(words) - 1)
+
+    def score(self, caption, references):
+        """What vectors() gives of a caption and of its references -> 10 times the mean, over references and n, of the
+        cosine of the clipped vectors times a Gaussian penalty on the difference in length."""
+        total, (vectors, norms, length) = 0.0, caption
+        for ref_vectors, ref_norms, ref_length in references:
+            penalty = math.exp(-(length - ref_length) ** 2 / (2 * self.sigma ** 2))
+            for vector, norm, ref_vector, ref_norm in zip(vectors, norms, ref_vectors, ref_norms):
+                product = sum(min(value, ref_vector[ngram]) * ref_vector[ngram]
+                              for ngram, value in vector.items() if ngram in ref_vector)
+                if product:
+                    total += penalty * product / (norm * ref_norm)
+        return 10.0 * total / (4 * len(references))
+
+    def scores(self, captions, images):
+        """n word lists, and the index of each one's image -> (n,) scores, 0 to 10."""
+        return np.array([self.score(self.vectors(words), self.references[image])
+                         for words, image in zip(captions, images, strict=True)])
+
+
+def cider(candidates, references, df=None):
+    """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's).
+
+    candidates: list of str; references: a list of str for each candidate. A caption of four words or more that is its
+    only reference scores 10 (unless all images share its words). df: document_frequencies() of other references than
+    these.
+    """
+    assert len(candidates) == len(references), "one list of references for each candidate"
+    scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
+    scores = scorer.scores([words_of(c) for c in candidates], range(len(candidates)))
+    return float(scores.mean()), scores
+
+
+def ends_badly(words, ended):
+    """Whether a caption lacks a proper ending: no end token, or a last word after which something must follow."""
+    return not ended or not words or words[-1] in UNFINISHED
+
+
+def caption_scores(captions, ended, references):
+    """{name: value} of what is reported about captions of photos; CIDEr and BLEU times 100, as papers print them.
+
+    shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a
+    model does not look. broken: the share without a proper ending. distinct: different captions over all captions.
+    """
+    scorer = CiderD([[words_of(ref) for ref in refs] for refs in references])
+    words, n = [words_of(caption) for caption in captions], len(captions)
+    mean_cider = lambda k: 100 * float(scorer.scores(words, (np.arange(n) + k) % n).mean())
+    return {"cider": mean_cider(0),
+            **{f"bleu{order}": 100 * score for order, score in enumerate(bleu(captions, references), 1)},
+            "shuffled": float(np.mean([mean_cider(k) for k in range(1, min(6, n))] or [0.0])),
+            "length": float(np.mean([len(each) for each in words])),
+            "broken": 100 * float(np.mean([ends_badly(each, end) for each, end in zip(words, ended)])),
+            "distinct": 100 * len(set(captions)) / len(captions)}
+
+
+def colours_and_edges(images, side=8, cells=4, directions=8):
+    """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of
+    cells x cells parts, how much contrast runs in each direction), which weigh alike."""
+    reduce, colours, edges = torch.nn.functional.adaptive_avg_pool2d, [], []
+    for x in images.split(500):
+        x = x.float()
+        colours.append(reduce(x, side).flatten(1))
+        grey = x.mean(dim=1)
+        dy, dx = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
+        angle = ((torch.atan2(dy, dx) / math.pi % 1.0) * directions).long() % directions  # a line points both ways
+        strength = torch.nn.functional.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]
+        edges.append(reduce(strength.permute(0, 3, 1, 2), cells).flatten(1).sqrt())  # (b, directions * cells * cells)
+    colours, edges = torch.cat(colours), torch.cat(edges)
+    unit = lambda v: torch.nn.functional.normalize(v - v.mean(dim=0), dim=1)
+    return torch.nn.functional.normalize(torch.cat((unit(colours), unit(edges)), dim=1), dim=1)
+
+
+def nearest_captions(images, captions, train, photos, k=20):
+    """For each of the photos the consensus caption of the k training photos most like it (Devlin et al. 2015): of their
+    captions the one that is most similar, by CIDEr-D, to the others. images: (n, 3, H, W); captions: lists of str;
+    train, photos: indices of images. A list of str."""
+    features, chosen = colours_and_edges(images), []
+    near = (features[photos] @ features[train].T).topk(min(k, len(train)), dim=1).indices.tolist()  # (n, k)
+    scorer = CiderD([[words_of(caption) for caption in captions[p]] for p in train])
+    for row in near:
+        texts = [caption for i in row for caption in captions[train[i]]]
+        vectors = [each for i in row for each in scorer.references[i]]
+        scores = [scorer.score(each, vectors) for each in vectors]  # to itself each is equally similar
+        chosen.append(texts[int(np.argmax(scores))])
+        show_progress(f"nearest photos of {len(chosen)}/{len(photos)}")
+    show_progress("")
+    return chosen

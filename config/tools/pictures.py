@@ -1,0 +1,88 @@
+"""Pictures of a run: curves, grids of images with texts, the confusion matrix, where a model looks."""
+
+import csv
+import math
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import torch.nn.functional as F
+
+matplotlib.use("Agg")  # files, never a window
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib import font_manager  # noqa: E402
+
+LABELS = {"train": "training loss", "val": "validation loss", "val_accuracy": "validation accuracy (%)",
+          "val_recall": "validation recall at 10 (%)", "val_cider": "validation CIDEr",
+          "reward": "reward of samples", "greedy": "reward of greedy captions of fixed training photos"}
+
+
+def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
+    """Draw columns of out_dir/log.csv over the step into out_dir/loss.png; the right ones have an axis of their own."""
+    with open(Path(out_dir) / "log.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes = [(axis, column, "-") for column in left]
+    if right:
+        axes += [(second, column, "--") for second in [axis.twinx()] for column in right]
+        axes[-1][0].set_ylabel(", ".join(LABELS.get(column, column) for column in right))
+    for i, (a, column, style) in enumerate(axes):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        if points:
+            a.plot(*zip(*points), style, color=f"C{i}", label=LABELS.get(column, column))
+    axis.set(xlabel="training step", ylabel=ylabel, title=Path(out_dir).name)
+    figure.legend(loc="outside lower center", ncols=len(axes))
+    figure.savefig(Path(out_dir) / "loss.png", dpi=110)
+    plt.close(figure)
+
+
+def printable(text):
+    """The text with a question mark for each character that the font of the pictures lacks."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
+
+
+def save_grid(path, images, titles, columns=4, width=34):
+    """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row.
+    width: characters in a line of text."""
+    rows = math.ceil(len(images) / columns)
+    wrapped = ["\n".join(textwrap.fill(line, width) for line in printable(title).splitlines()) for title in titles]
+    deepest = max(text.count("\n") + 1 for text in wrapped)
+    height = rows * (2.6 + 0.19 * deepest)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, height), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, text in zip(axes.flat, images, wrapped):
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
+        axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
+                  parse_math=False)  # a caption may hold a $
+    figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / 2.6)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_places(path, photo, words, places):
+    """Draw the photo (3, H, W), then a panel per word: the photo lit where the model looked as it wrote the word.
+    places: (words, n) shares of the n parts of the image."""
+    size, side = photo.size(-1), math.isqrt(places.size(1))
+    light = (places / places.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
+    light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)  # (words, 1, size, size)
+    panels = [photo, *(photo * (0.3 + 0.7 * light)).byte()]
+    save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
+    print(f"wrote {path}")
+
+
+def draw_confusion(path, confusion, classes):
+    """Draw the matrix confusion[i, j], how many images of class i were taken for class j."""
+    share = confusion / confusion.sum(dim=1, keepdim=True)
+    figure, axis = plt.subplots(figsize=(7, 6), layout="constrained")
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(confusion.tolist()):
+        for j, count in enumerate(row):
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axis.text(j, i, count, ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
