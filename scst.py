@@ -216,7 +216,7 @@ def train(run, model, optimizers, data, reward, **about):
         loss = config.update(model, optimizers, loss, factor, grad_clip)
         row = sample_statistics(said, torch.cat([rewards for _, _, rewards, _ in drafts]))
         row = dict(zip(row, config.sum_numbers(*(v / config.n_processes() for v in row.values()), device=dev)))
-        row |= {"loss": loss.item(), "reward_share": 100 * in_reward / (time.perf_counter() - began)}  # % of the step
+        row["reward_share"] = 100 * in_reward / (time.perf_counter() - began)  # of the step's time, in per cent
         history.append(row)
         run.advance(loss)
     run.clock.stop()
@@ -252,7 +252,7 @@ def main(argv=None):
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([mllm.answers(group) for group in data["splits"]["train"]], cider_weight, bleu_weight)
-    columns = ["reward", "greedy", "length", "broken", "distinct", "loss", "reward_share"]  # of an interval's samples
+    columns = ["train", "reward", "length", "broken", "distinct", "reward_share", "greedy"]  # of an interval's samples
     columns += [f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES]
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, columns, resumed, "scst.pt")
     print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "

@@ -561,8 +561,8 @@ class Run:
 
     def log(self, numbers, lr=None, items=None, unit="", file_only=None):
         """numbers: {column: number or str}; file_only: more of them, not printed. items: how many units (tokens,
-        images) one step takes. The mean loss since the last evaluation is added as the column train."""
-        if self.recent:
+        images) one step takes. With lr the mean loss since the last evaluation is added as the column train."""
+        if lr is not None and self.recent:
             numbers = {"train": torch.stack(self.recent).mean().item()} | numbers
         for name in ("train", "val"):
             self.check_finite(numbers.get(name, 0.0), self.step)
