@@ -171,10 +171,10 @@ def main(argv=None):
         factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
         milestone = f"{100 * max(part for part in MILESTONES if part <= progress):.0f}%"
         if milestone not in samples and config.is_main():
-            with run.clock.paused():
+            with run.paused():
                 samples[milestone] = write_texts(model, tokenizer, beginning, 1)[0][0]
-        if run.due(progress):
-            with run.clock.paused():
+        if run.due():
+            with run.paused():
                 val = evaluate(model, val_ids, batch_size)
                 run.log({"val": val}, factor * adam_lr, batch_size * block_size, "tok")
                 run.save(-val, tokenizer=state, samples=samples)
@@ -190,14 +190,14 @@ def main(argv=None):
             loss += part.detach()
         run.advance(config.update(model, optimizers, loss, factor, grad_clip))
 
-    run.clock.stop()
+    run.stop()
     if not config.is_main():
         return
     plot(out)
     print(samples[milestone])
     text = "\n\n".join(f"--- after {part} of the run\n{text}" for part, text in samples.items())
     (out / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"best validation loss {-run.best:.4f} after {run.clock.seconds() / 60:.1f} minutes of training; "
+    print(f"best validation loss {-run.best:.4f} after {run.seconds() / 60:.1f} minutes of training; "
           f"wrote {out}/loss.png, sample.txt")
 
 

@@ -406,23 +406,24 @@ def print_baselines(model, data, split):
 # training
 
 
-def train(model, data, phase, settings, clock, resumed=None, continues=False):
-    """One phase of training, up to the end that clock gives; returns its config.Run. continues: after another phase."""
+def train(model, data, phase, settings, resumed, before):
+    """One phase of training, after the run before, if there was one; returns its config.Run."""
     groups, dev = data["splits"]["train"], config.device_of(model)
     per_step = min(batch_size, len(groups))  # photos
     config.check_batch(per_step, accumulation)
     freeze(model, phase)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     columns = ["phase", "train", "val", *(f"{split}_{name}" for split in ("val", "test") for name in SCORES)]
-    run = config.Run("mllm", settings, dataset, model, optimizers, columns, resumed, f"{phase}.pt", clock, continues)
+    run = config.Run("mllm", settings, dataset, model, optimizers, columns, resumed, f"{phase}.pt",
+                     align_share if phase == "align" else 1.0, before)
     run_model = config.maybe_compile(model, compile)
     shown = data["splits"]["val"][:12]  # the photos of captions.png, the same at every evaluation
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
-        factor = config.lr_factor(run.step - clock.first_step, progress, warmup_steps, cooldown)
-        if run.due(progress):
-            with run.clock.paused():
+        factor = config.lr_factor(run.step - run.first[0], progress, warmup_steps, cooldown)
+        if run.due():
+            with run.paused():
                 numbers, scores = {"phase": phase, "val": validation_loss(model, data, "val")}, {}
                 score = -numbers["val"]
                 if phase == "sft":
@@ -434,8 +435,7 @@ def train(model, data, phase, settings, clock, resumed=None, continues=False):
                 brief = ("val_cider", "val_bleu4", "val_shuffled", "val_all_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
                 run.log(numbers, factor * adam_lr, per_step * captions_per_photo, "captions", file_only=scores)
-                run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size},
-                         phase=(phase, clock.first_step, clock.first_seconds))
+                run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase)
         if progress == 1:
             break
         draw, samples = config.shared_generator(seed, run.step), []
@@ -456,7 +456,7 @@ def train(model, data, phase, settings, clock, resumed=None, continues=False):
             part.backward()
             loss += part.detach()
         run.advance(config.update(model, optimizers, loss, factor, grad_clip))
-    run.clock.stop()
+    run.stop()
     return run
 
 
@@ -498,14 +498,8 @@ def main(argv=None):
 
     run = None
     for phase in ("align", "sft"):
-        if phase == "align" and (not align_share or resumed and resumed["phase"][0] == "sft"):
-            continue
-        part = align_share if phase == "align" else 1.0  # of the run, at whose end the phase is over
-        first = (run.step, run.clock.seconds()) if run else (0, 0.0)  # where it begins
-        if resumed:
-            first = resumed["phase"][1:]
-        clock = config.Clock(math.ceil(part * max_steps), part * max_minutes, first[1], *first)
-        run, resumed = train(model, data, phase, settings, clock, resumed, continues=run is not None), None
+        if phase == "sft" or align_share and not (resumed and resumed["phase"] == "sft"):
+            run, resumed = train(model, data, phase, settings, resumed, run), None
 
     if not config.is_main():
         return
@@ -519,7 +513,7 @@ def main(argv=None):
     if "all_right" in scores:
         print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
     print(f"best validation {'share all right' if data['drawn'] else 'CIDEr'} {run.best:.2f} after "
-          f"{run.clock.seconds() / 60:.1f} minutes of training; wrote {out}/captions.png, loss.png, sft.pt")
+          f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/captions.png, loss.png, sft.pt")
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def train(run, model, optimizers, data, reward, **about):
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
         factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
-        if run.due(progress):
-            with run.clock.paused():
+        if run.due():
+            with run.paused():
                 numbers = {name: float(np.mean([row[name] for row in history])) for name in (history or [{}])[0]}
                 prompts = [mllm.caption_sample(groups[i][0]["images"][0]) for i in fixed]
                 _, _, greedy = mllm.write_answers(model, data["images"], tokenizer, prompts)
@@ -219,7 +219,7 @@ def train(run, model, optimizers, data, reward, **about):
         row["reward_share"] = 100 * in_reward / (time.perf_counter() - began)  # of the step's time, in per cent
         history.append(row)
         run.advance(loss)
-    run.clock.stop()
+    run.stop()
 
 
 @config.one_line_errors
@@ -282,7 +282,7 @@ def main(argv=None):
     mllm.draw_captions(out / "before_after.png", data, shown, [f"before: {b}\nafter: {a}" for b, a in zip(*pictures)])
     gain = table[2][2]["cider"] / max(1e-9, table[0][2]["cider"]) - 1
     print(f"validation CIDEr {table[0][2]['cider']:.2f} -> {table[2][2]['cider']:.2f} ({100 * gain:+.1f}%) after "
-          f"{run.clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
+          f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
 
 
 if __name__ == "__main__":

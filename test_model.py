@@ -1015,25 +1015,36 @@ def test_a_new_run_replaces_no_old_checkpoint():
         assert Path(folder, "last.pt").exists()
 
 
-def test_clock_takes_whichever_of_steps_and_minutes_is_further():
+def test_progress_is_by_whichever_of_steps_and_minutes_is_further():
+    def new_run(max_steps, max_minutes, **more):
+        settings = {"out_dir": "out/x", "max_steps": max_steps, "max_minutes": max_minutes, "eval_interval": 1}
+        return config.Run("gpt", settings, "mine", None, [], [], **more)
+
+    def progress(run, step, seconds):
+        run.step, now[0] = step, run.began + seconds
+        return round(run.progress(), 9)
+
     now = [100.0]
-    with patched(config, "time", types.SimpleNamespace(monotonic=lambda: now[0])):
-        assert config.Clock(10, 0.0).progress(5) == 0.5 and config.Clock(10, 0.0).progress(11) == 1.0
-        assert config.Clock(0, 1.0, seconds=30.0).progress(10 ** 6) == 0.5
-        assert config.Clock(10, 1.0, seconds=54.0).progress(5) == 0.9 and config.Clock(10, 100.0).progress(5) == 0.5
-        second = config.Clock(10, 2.0, 60.0, first_step=5, first_seconds=60.0)  # a later phase: half of the run is over
-        assert second.progress(5) == 0 and abs(second.progress(6) - 0.2) < 1e-9
-        clock = config.Clock(0, 1.0)
+    with in_new_folder(), patched(config, "time", types.SimpleNamespace(monotonic=lambda: now[0])):
+        assert [progress(new_run(10, 0.0), step, 1e6) for step in (0, 5, 11)] == [0, 0.5, 1]
+        assert progress(new_run(0, 1.0), 10 ** 6, 30) == 0.5
+        assert progress(new_run(10, 1.0), 5, 54) == 0.9 and progress(new_run(10, 100.0), 5, 54) == 0.5
+        first = new_run(10, 2.0, part=0.5)  # a phase that ends in the middle
+        assert progress(first, 4, 0) == 0.8 and progress(first, 5, 60) == 1
+        second = new_run(10, 2.0, before=first)
+        assert second.step == 5 and second.seconds() == 60 and progress(second, 5, 60) == 0
+        assert progress(second, 6, 60) == 0.2 and progress(second, 6, 90) == 0.5 and progress(second, 6, 120) == 1
+        run = new_run(0, 1.0)
         now[0] += 6
-        with clock.paused():
+        with run.paused():
             now[0] += 20
-            assert clock.seconds() == 6
+            assert run.seconds() == 6
         now[0] += 6
-        assert clock.seconds() == 12 and abs(clock.progress(0) - 0.2) < 1e-9
-        clock.stop()
+        assert run.seconds() == 12
+        run.stop()
         now[0] += 100
-        assert clock.seconds() == 12
-    raises(SystemExit, "max_steps or max_minutes", config.Clock, 0, 0.0)
+        assert run.seconds() == 12
+        raises(SystemExit, "max_steps or max_minutes", new_run, 0, 0.0)
 
 
 def test_number_type_is_the_one_that_multiplies_faster():
@@ -1776,7 +1787,7 @@ def test_align_trains_the_connector_alone():
     with in_new_folder():
         for fusion, new in (("prefix", set()), ("cross", {"marker", "gpt"})):
             seen = []  # the phase and weights of every checkpoint
-            note = lambda path, saved: seen.append((saved["phase"][0], {k: w.clone() for k, w in saved["model"].items()}))
+            note = lambda path, saved: seen.append((saved["phase"], {k: w.clone() for k, w in saved["model"].items()}))
             with patched(config, "save", lambda path, checkpoint: (note(path, checkpoint), save(path, checkpoint))):
                 run(mllm, *TOY[mllm], "--max_steps=8", "--align_share=0.5", f"--fusion={fusion}")
             align = [weights for phase, weights in seen if phase == "align"]

@@ -417,8 +417,8 @@ def main(argv=None):
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
         factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
-        if run.due(progress):
-            with run.clock.paused():
+        if run.due():
+            with run.paused():
                 scores = {f"val{name}": value for name, value in evaluate(model, data, "val")[0].items()}
                 run.log({name: scores[name] for name in ("val", score)}, factor * adam_lr, batch_size, "img",
                         file_only=scores)
@@ -429,7 +429,7 @@ def main(argv=None):
         loss = learn(model, run_model, data, rows, size_at(progress), run.step)
         run.advance(config.update(model, optimizers, loss, factor, grad_clip))
 
-    run.clock.stop()
+    run.stop()
     if not config.is_main():
         return
     plot(out, right=(score,))
@@ -448,7 +448,7 @@ def main(argv=None):
     print("test: " + " | ".join(f"{name.removeprefix('test').strip('_') or 'loss'} {value:.4g}"
                                 for name, value in scores.items()))
     print(f"best validation {score.removeprefix('val_')} {run.best:.2f} "
-          f"after {run.clock.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png")
+          f"after {run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png")
 
 
 if __name__ == "__main__":

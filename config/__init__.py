@@ -31,21 +31,22 @@ import torch.distributed as dist
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
 
-POSITIVE = (1, math.inf)
-SHARE = (0, 1)
-LIMITS = {  # setting: its least and its largest value, or the values it may have; a name means the same in every stage
-    **dict.fromkeys(("batch_size", "accumulation", "eval_interval", "beams", "num_captions", "num_samples", "samples",
-                     "max_new_tokens", "captions_per_photo", "block_size", "patch_size", "image_size", "size", "n_val",
-                     "n_layer", "n_head", "n_embd", "vit_layer", "vit_head", "vit_embd", "gpt_layer", "gpt_head",
-                     "gpt_embd", "text_layer", "text_embd", "cross_every"), POSITIVE),
-    **dict.fromkeys(("grad_clip", "temperature", "top_k", "muon_lr", "adam_lr", "lr", "weight_decay", "warmup_steps",
-                     "shift", "length_penalty", "first_size"), (0, math.inf)),
-    **dict.fromkeys(("crop", "jitter", "word_dropout", "cooldown", "growth", "cutmix", "top_p"), SHARE),
-    **dict.fromkeys(("dropout", "label_smoothing", "align_share"), (0, 0.99)),
+LIMITS = {  # setting: its least and largest value, or the values it may have; a name means the same in every stage
+    **dict.fromkeys("""batch_size accumulation eval_interval beams num_captions num_samples samples max_new_tokens
+        captions_per_photo block_size patch_size image_size size n_val n_layer n_head n_embd vit_layer vit_head vit_embd
+        gpt_layer gpt_head gpt_embd text_layer text_embd cross_every""".split(), (1, math.inf)),
+    **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
+        first_size""".split(), (0, math.inf)),
+    **dict.fromkeys("crop jitter word_dropout cooldown growth cutmix top_p".split(), (0, 1)),
+    **dict.fromkeys("dropout label_smoothing align_share".split(), (0, 0.99)),
     "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "dtype": {"auto", "float32", "bfloat16"},
     "eval_split": {"train", "val", "test"}, "fusion": {"prefix", "cross"}, "task": {"classify", "clip"},
     "baseline": {"greedy", "leave_one_out"},
 }
+# settings that a resumed run may change: how long it is, when it reports, what is done with its result
+FREE = set("""init_from out_dir max_steps max_minutes eval_interval device compile accumulation max_new_tokens
+    temperature top_k top_p num_samples beams length_penalty num_captions image texts eval_only eval_split baselines
+    prompt""".split())
 
 
 def fail(message):
@@ -86,7 +87,6 @@ def read_settings(path, is_recipe=False):
     Names are lower case and values literals; in a recipe, a config file, every other statement is an error.
     """
     source, found = Path(path).read_text(encoding="utf-8"), {}
-    lines = source.splitlines()
     try:
         body = ast.parse(source).body
     except SyntaxError as e:
@@ -101,14 +101,14 @@ def read_settings(path, is_recipe=False):
                 fail(f"{path}, line {node.lineno}: a config file holds only lines of the form `name = value  # why`")
             continue
         if name.islower() or is_recipe:
-            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().partition("#")[2]
-            found[name] = (value, comment.strip())
+            rest = source.splitlines()[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+            found[name] = (value, rest.partition("#")[2].strip())
     return found
 
 
 def _cast(key, value, default, where):
     """value as default's type, within LIMITS; a string is read as a literal unless a string is expected."""
-    kind = type(default)
+    kind, limits = type(default), LIMITS.get(key, (-math.inf, math.inf))
     if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
@@ -116,12 +116,13 @@ def _cast(key, value, default, where):
         value = float(value)
     if type(value) is not kind:
         fail(f"{key} expects {kind.__name__} (such as {default!r}), not {value!r}  ({where})")
-    limits = LIMITS.get(key, ())
     if isinstance(limits, set) and value not in limits:
         fail(f"{key}={value}: {' or '.join(sorted(limits))}  ({where})")
-    if isinstance(limits, tuple) and limits and not limits[0] <= value <= limits[1]:
-        fail(f"{key}={value}: at least {limits[0]}"
-             + (f" and at most {limits[1]}" if limits[1] < math.inf else "") + f"  ({where})")
+    if isinstance(limits, tuple) and kind in (int, float) and not limits[0] <= value <= limits[1]:
+        most = f" and at most {limits[1]}" if limits[1] < math.inf else ""
+        fail(f"{key}={value}: at least {limits[0]}{most}  ({where})")
+    if value == "" and key in ("image", "prompt"):  # such as of a shell's empty variable
+        fail(f"{key} is empty; without --{key} a run trains")
     return value
 
 
@@ -147,8 +148,7 @@ def override(stage, argv=None):
             changes, where = {key: text}, "command line"
         elif arg.endswith(".py"):
             if not Path(arg).is_file():
-                there_are = ", ".join(str(p) for p in sorted(Path("config").glob("[!_]*.py")))
-                fail(f"{arg}: no such config file; there are {there_are}")
+                fail(f"{arg}: no such config file; there are {', '.join(map(str, recipes()))}")
             changes, where = {key: value for key, (value, _) in read_settings(arg, is_recipe=True).items()}, arg
         else:
             fail(f"{arg}: neither a config file (*.py) nor --key=value")
@@ -157,17 +157,20 @@ def override(stage, argv=None):
                 near = difflib.get_close_matches(key, settings, 1)
                 hint = f"did you mean {near[0]}?" if near else "--help lists them"
                 fail(f"unknown setting {key} ({where}); {hint}")
-            if value == "" and key in ("image", "prompt"):  # such as of a shell's empty variable
-                fail(f"{key} is empty; without --{key} a run trains")
             settings[key] = _cast(key, value, defaults[key][0], where)
             print(f"{key} = {settings[key]!r}  ({where})")
     stage.update(settings)
     return settings
 
 
+def recipes():
+    """The paths of all config files."""
+    return sorted(Path("config").glob("[!_]*.py"))
+
+
 def recipe_of(folder):
     """The config file whose out_dir is this folder, with a space before it; empty where there is none."""
-    for recipe in sorted(Path("config").glob("[!_]*.py")):
+    for recipe in recipes():
         out_dir, _ = read_settings(recipe).get("out_dir", ("", ""))
         if out_dir and Path(out_dir) == Path(folder):
             return f" {recipe}"
@@ -204,21 +207,19 @@ def pick_dtype(dtype, device):
     times as fast: on GPUs, and on CPUs that have instructions for it."""
     if dtype != "auto":
         return dtype
-    rates = {}
-    for kind in ("float32", "bfloat16"):
-        a = torch.randn((4096, 1024)[device.type == "cpu"], 1024, device=device).to(getattr(torch, kind))
-        seconds = []
+    n, rates = 1024 if device.type == "cpu" else 4096, []
+    for kind in (torch.float32, torch.bfloat16):
+        a, seconds = torch.randn(n, n, device=device).to(kind), []
         for _ in range(5):
             start = time.perf_counter()
-            (a @ a.T)[0, 0].item()  # waits for the device
+            (a @ a)[0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - start)
-        rates[kind] = 2e-9 * a.size(0) ** 2 * 1024 / min(seconds)
-    bf16 = torch.tensor(rates["bfloat16"] > 1.3 * rates["float32"], device=device)
+        rates.append(2e-9 * n ** 3 / min(seconds))
+    chosen = torch.tensor(rates[1] > 1.3 * rates[0], device=device)
     if dist.is_initialized():
-        dist.broadcast(bf16, 0)
-    chosen = "bfloat16" if bf16 else "float32"
-    print(f"dtype: {chosen} (matrix products reach {rates['float32']:,.0f} GFLOP/s in float32, "
-          f"{rates['bfloat16']:,.0f} in bfloat16)")
+        dist.broadcast(chosen, 0)
+    chosen = "bfloat16" if chosen else "float32"
+    print(f"dtype: {chosen} (matrix products: {rates[0]:,.0f} GFLOP/s in float32, {rates[1]:,.0f} in bfloat16)")
     return chosen
 
 
@@ -239,16 +240,11 @@ def autocast(model):
 
 
 def maybe_compile(model, wanted):
-    """torch.compile(model) where it is asked for and works; else the model as it is, with a warning."""
-    if not wanted:
-        return model
-    import torch._dynamo
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, and torch warns
-    try:
-        return torch.compile(model)
-    except RuntimeError as e:
-        print(f"warning: torch.compile is not available here ({e}); continuing without it")
-        return model
+    """torch.compile(model) where that is wanted; what cannot be compiled runs as it is, with torch's warning."""
+    if wanted:
+        import torch._dynamo
+        torch._dynamo.config.suppress_errors = True
+    return torch.compile(model) if wanted else model
 
 
 def show_progress(text):
@@ -285,18 +281,6 @@ def my_share(batch):
     """The rows of a batch, a tensor or a list, that this process computes."""
     n = len(batch) // n_processes()
     return batch[rank() * n:(rank() + 1) * n] if dist.is_initialized() else batch
-
-
-def sum_gradients(model, loss):
-    """Add up the gradients of the processes, and their losses; returns the sum of the latter, a scalar tensor."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([loss.view(1).float(), *(g.flatten() for g in gradients)])
-        dist.all_reduce(flat)
-        for g, total in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
-            g.copy_(total.view_as(g))
-        loss = flat[0].clone()  # not a view, which would keep all of flat
-    return loss
 
 
 def sum_numbers(*numbers, device="cpu"):
@@ -346,11 +330,10 @@ def optimizers(model, muon_lr, adam_lr, weight_decay=0.0, betas=(0.9, 0.95)):
     linear layers that are no output layers (*head); everything else takes AdamW, and so does all with muon_lr = 0."""
     hidden = {id(module.weight) for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear) and not name.endswith("head")}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    muon = [p for p in trained if muon_lr and id(p) in hidden]
-    others = [p for p in trained if not (muon_lr and id(p) in hidden)]
-    groups = [{"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+    muon, matrices, vectors = [], [], []
+    for p in (p for p in model.parameters() if p.requires_grad):
+        (muon if muon_lr and id(p) in hidden else matrices if p.ndim >= 2 else vectors).append(p)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     made = [torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay)] if muon else []
     made += [torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=betas, fused=True)]
     for group in (group for optimizer in made for group in optimizer.param_groups):
@@ -367,7 +350,13 @@ def update(model, optimizers, loss, factor, grad_clip):
     """One step of the optimizers, at factor times their peak rates, after the gradients of all processes are summed and
     their norm is clipped to grad_clip (0: not). loss: this process's share of the batch's loss, a scalar tensor.
     Returns the loss of the whole batch; NaN where the gradient is not finite."""
-    loss = sum_gradients(model, loss)
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([loss.view(1).float(), *(g.flatten() for g in gradients)])
+        dist.all_reduce(flat)
+        for g, total in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
+            g.copy_(total.view_as(g))
+        loss = flat[0].clone()  # not a view, which would keep all of flat
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -375,40 +364,6 @@ def update(model, optimizers, loss, factor, grad_clip):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return torch.where(grad_norm.isfinite(), loss, math.nan)
-
-
-class Clock:
-    """Training time, evaluations not counted, and how far a phase is: by steps or by minutes, whichever is further.
-
-    max_steps, max_minutes: the end of the phase; 0 for one of them means that the other decides. seconds: trained so
-    far. first_step, first_seconds: where the phase began.
-    """
-
-    def __init__(self, max_steps, max_minutes, seconds=0.0, first_step=0, first_seconds=0.0):
-        if max_steps <= 0 and max_minutes <= 0:
-            fail("a run needs an end: max_steps or max_minutes above 0")
-        self.max_steps, self.max_seconds = max_steps, 60 * max_minutes
-        self.first_step, self.first_seconds = first_step, first_seconds
-        self.start, self.stopped = time.monotonic() - seconds, None
-
-    def seconds(self):
-        return (time.monotonic() if self.stopped is None else self.stopped) - self.start
-
-    def progress(self, step):
-        """In [0, 1]; at 1 the phase is over."""
-        part = lambda now, first, last: (now - first) / max(last - first, 1e-9) if last > 0 else 0.0
-        return min(1.0, max(part(step, self.first_step, self.max_steps),
-                            part(self.seconds(), self.first_seconds, self.max_seconds)))
-
-    def stop(self):
-        self.stopped = time.monotonic()
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.stop()
-        yield
-        self.start += time.monotonic() - self.stopped
-        self.stopped = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,12 +397,6 @@ def load(path, *stages, train_with=None):
     if stage not in stages:
         fail(f"{path} is no checkpoint of {' or '.join(stages)}, but of {stage or 'an older version'}")
     return checkpoint
-
-
-# settings that a resumed run may change: how long it is, when it reports, what is done with its result
-FREE = {"init_from", "out_dir", "max_steps", "max_minutes", "eval_interval", "device", "compile", "accumulation",
-        "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "beams", "length_penalty", "num_captions",
-        "image", "texts", "eval_only", "eval_split", "baselines", "prompt"}
 
 
 def resume(stage, settings, start="scratch", tokenizer=None):
@@ -488,60 +437,62 @@ def set_aside(out_dir, dataset):
 
 
 class Run:
-    """A training run: its step, its log and its checkpoints. One printed line per evaluation, and the same as a row of
-    out_dir/log.csv."""
+    """A training run, or a phase of it: how far it is, its log and its checkpoints."""
 
-    def __init__(self, stage, settings, dataset, model, optimizers, columns, resumed=None, best="best.pt", clock=None,
-                 continues=False):
-        """columns: names of the numbers that log() may be given. resumed: the checkpoint that the run continues from,
-        whose later rows are dropped. best: file name of the best checkpoint. clock: where the run has phases, that of
-        this one. continues: after another phase of the same run; a new run sets checkpoints in its folder aside."""
-        self.out, self.best_path, self.best = Path(settings["out_dir"]), Path(settings["out_dir"], best), -math.inf
-        self.model, self.optimizers, self.settings = model, optimizers, settings
-        self.kept = {"stage": stage, "dataset": dataset, "settings": settings}  # what every checkpoint says of the run
+    def __init__(self, stage, settings, dataset, model, optimizers, columns, resumed=None, best="best.pt", part=1.0,
+                 before=None):
+        """columns: names of the numbers that log() may be given. resumed: the checkpoint that the run continues from.
+        best: file name of the best checkpoint. part: of max_steps and max_minutes, at which this phase ends. before:
+        the Run of the phase before this one."""
+        if settings["max_steps"] <= 0 and settings["max_minutes"] <= 0:
+            fail("a run needs an end: max_steps or max_minutes above 0")
+        self.stage, self.dataset, self.settings, self.out = stage, dataset, settings, Path(settings["out_dir"])
+        self.model, self.optimizers, self.best_path, self.best = model, optimizers, self.out / best, -math.inf
+        self.max_steps, self.max_seconds = math.ceil(part * settings["max_steps"]), 60 * part * settings["max_minutes"]
+        self.first = (before.step, before.seconds()) if before else resumed["first"] if resumed else (0, 0.0)
+        self.step, seconds = self.first  # where the phase began
         self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
-        self.clock = clock or Clock(settings["max_steps"], settings["max_minutes"])
-        self.step, self.losses, self.recent = self.clock.first_step, [], []  # recent: losses before this evaluation
+        self.rows = before.rows if before else []  # of the log
         if resumed:
-            self.step, self.best = resumed["step"], resumed["best"]
-            self.clock.start = time.monotonic() - resumed["seconds"]
+            self.step, seconds, self.best = resumed["step"], resumed["seconds"], resumed["best"]
+            self.rows = resumed["rows"]
             model.load_state_dict(resumed["model"])
             for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        self.evaluated = self.step if resumed or continues else -1  # the step of the last evaluation
-        self.paced = (self.step, self.clock.seconds())  # step and time of the last printed line
-        if is_main() and not continues:
-            if not resumed:
-                set_aside(self.out, dataset)
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._write_rows(self._rows_until(resumed["step"]) if resumed else [], "w")
+        elif is_main() and not before:
+            set_aside(self.out, dataset)
+        self.evaluated = self.step if resumed or before else -1  # the step of the last evaluation
+        self.losses, self.recent = [], []  # since the last evaluation; before it
+        self.began, self.stopped, self.paced = time.monotonic() - seconds, None, (self.step, seconds)
 
-    def _rows_until(self, step):
-        """The rows of the log up to a step, without those that the end of a run adds."""
-        if not (self.out / "log.csv").is_file():
-            return []
-        with open(self.out / "log.csv", newline="") as f:
-            return [row for row in csv.DictReader(f) if int(row["step"]) <= step
-                    and not any(value for name, value in row.items() if "test" in name)]
+    def seconds(self):
+        """Of training so far, evaluations not counted."""
+        return (time.monotonic() if self.stopped is None else self.stopped) - self.began
 
-    def _write_rows(self, rows, mode):
-        with open(self.out / "log.csv", mode, newline="") as f:
-            writer = csv.DictWriter(f, self.columns, restval="")
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def stop(self):
+        self.stopped = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.stop()
+        yield
+        self.began, self.stopped = self.began + time.monotonic() - self.stopped, None
 
     def progress(self):
-        """How far the run is, in [0, 1], the same in all processes: where minutes count, the first one's decide."""
-        progress = torch.tensor([self.clock.progress(self.step)], dtype=torch.float64)
-        if dist.is_initialized() and self.clock.max_seconds > 0:
-            progress = progress.to(device_of(self.model), torch.float32)
-            dist.broadcast(progress, 0)
-        return progress.item()
+        """How far the phase is, in [0, 1], by steps or by minutes, whichever is further; at 1 it is over. The same in
+        all processes: the first one's clock decides."""
+        part = lambda now, first, last: (now - first) / max(last - first, 1e-9) if last > 0 else 0.0
+        self.done = min(1.0, max(part(self.step, self.first[0], self.max_steps),
+                                 part(self.seconds(), self.first[1], self.max_seconds)))
+        if dist.is_initialized() and self.max_seconds > 0:
+            done = torch.tensor([self.done], device=device_of(self.model))
+            dist.broadcast(done, 0)
+            self.done = done.item()
+        return self.done
 
-    def due(self, progress):
+    def due(self):
         """Whether this process is to evaluate, log and save now."""
-        if self.step % self.settings["eval_interval"] and progress < 1 or self.evaluated == self.step:
+        if self.step % self.settings["eval_interval"] and self.done < 1 or self.evaluated == self.step:
             return False
         self.evaluated, self.recent, self.losses = self.step, self.losses, []
         return is_main()
@@ -560,8 +511,9 @@ class Run:
             fail(f"the loss is {loss} at step {step}; {self.out / 'last.pt'} is the last good checkpoint")
 
     def log(self, numbers, lr=None, items=None, unit="", file_only=None):
-        """numbers: {column: number or str}; file_only: more of them, not printed. items: how many units (tokens,
-        images) one step takes. With lr the mean loss since the last evaluation is added as the column train."""
+        """Print one line, and add it as a row to out_dir/log.csv. numbers: {column: number or str}; file_only: more of
+        them, not printed. items: how many units (tokens, images) one step takes. With lr the mean loss since the last
+        evaluation is added as the column train."""
         if lr is not None and self.recent:
             numbers = {"train": torch.stack(self.recent).mean().item()} | numbers
         for name in ("train", "val"):
@@ -572,29 +524,34 @@ class Run:
             row[name] = value if isinstance(value, str) else f"{value:.6g}"
             if name in numbers:
                 text.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}")
-        seconds, (last_step, last_seconds) = self.clock.seconds(), self.paced
+        seconds, (last_step, last_seconds) = self.seconds(), self.paced
         if lr is not None:
             text.append(f"lr {lr:.1e}")
             row["lr"] = f"{lr:.4e}"
         if items and self.step > last_step:
-            pace, done = (seconds - last_seconds) / (self.step - last_step), self.clock.progress(self.step)
-            left = (seconds - self.clock.first_seconds) * (1 - done) / done
+            pace = (seconds - last_seconds) / (self.step - last_step)
+            left = int((seconds - self.first[1]) * (1 - self.done) / self.done)
             short = f"{items / pace / 1000:.1f}k" if items / pace > 9999 else f"{items / pace:.0f}"
-            text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s", f"{int(left) // 60}m{int(left) % 60:02d}s left"]
+            text += [f"{1000 * pace:.0f} ms/step", f"{short} {unit}/s", f"{left // 60}m{left % 60:02d}s left"]
             row |= {"ms_per_step": f"{1000 * pace:.1f}", "items_per_second": f"{items / pace:.1f}"}
             self.paced = (self.step, seconds)
-        row["minutes"] = f"{seconds / 60:.3f}"
         show_progress("")
         if len(text) > 1:
             print(" | ".join(text), flush=True)
-        self._write_rows([row], "a")
+        self.rows.append(row | {"minutes": f"{seconds / 60:.3f}"})
+        self.out.mkdir(parents=True, exist_ok=True)
+        with open(self.out / "log.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def save(self, score, **more):
         """Write last.pt, and the best checkpoint where score is higher than ever. more: what else it is to hold."""
         is_best, self.best = score > self.best, max(score, self.best)
-        checkpoint = {"model": self.model.state_dict(), "config": dataclasses.asdict(self.model.config),
-                      "optimizers": [o.state_dict() for o in self.optimizers], "step": self.step, "best": self.best,
-                      "seconds": self.clock.seconds(), "dtype": self.model.compute_dtype, **self.kept, **more}
+        checkpoint = {"stage": self.stage, "dataset": self.dataset, "settings": self.settings, "step": self.step,
+                      "first": self.first, "seconds": self.seconds(), "best": self.best, "rows": self.rows,
+                      "dtype": self.model.compute_dtype, "config": dataclasses.asdict(self.model.config),
+                      "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], **more}
         if is_best:
             save(self.best_path, checkpoint)
         save(self.out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
