@@ -108,8 +108,8 @@ def answers(group):
 
 
 def load_samples(dataset, image_size, n_drawn):
-    """{images (n, 3, image_size, image_size) uint8, names: n, drawn: whether they are drawn here, tokenizer,
-    splits: {train, val, test: groups of samples}}"""
+    """{images (n, 3, image_size, image_size) uint8, names: n, drawn: whether they are drawn here, tokenizer, splits:
+    {train, val, test: groups of samples}}"""
     if dataset == "shapes":
         images, captions = draw_shapes(n_drawn, image_size, seed=0)
         order, some = range(n_drawn), n_drawn // 20
@@ -143,11 +143,10 @@ def encode_messages(messages, tokenizer, n_placeholders):
 
 
 def collate(model, data, samples):
-    """Samples -> numbers, a list of the images that they share; which (n,), the place there of each sample's images in
-    order; inputs and targets (B, T), the targets one token later and -1 where the assistant does not speak.
+    """Samples -> numbers, the list of their images, each once; which (n,), the place there of each sample's images in
+    order; inputs and targets (B, T), the targets one token later, and -1 where the assistant does not speak.
 
-    What exceeds the model's block_size is cut off. T is a multiple of 8, since CPUs prepare a product anew for each new
-    shape.
+    What exceeds the model's block_size is cut off. T is a multiple of 8: CPUs prepare a product anew for a new shape.
     """
     tokenizer, block_size = data["tokenizer"], model.config.gpt.block_size
     n = model.config.n_placeholders(data["images"].size(-1))
@@ -184,9 +183,9 @@ def get_batch(model, data, samples):
 
 @torch.no_grad()
 def write_answers(model, images, tokenizer, samples, batch_size=250, **decoding):
-    """What the model says next in each sample's conversation, greedy unless decoding says otherwise (what
-    MLLM.generate() takes): a list of n * num_captions str, sample by sample; for each whether the model ended it; and
-    (n * num_captions, T) ids. images: (n, 3, H, W), which the samples index."""
+    """What the model says next in each sample's conversation, greedy unless decoding (what MLLM.generate() takes) says
+    otherwise: a list of n * num_captions str, sample by sample; whether the model ended each; and their (n *
+    num_captions, T) ids. images: (n, 3, H, W), which the samples index."""
     texts, ended, written, dev = [], [], [], config.device_of(model)
     n = model.config.n_placeholders(images.size(-1))
     for first in range(0, len(samples), batch_size):
@@ -244,16 +243,12 @@ def evaluate(model, data, split, **decoding):
     return scores, captions
 
 
-def evaluate_each_way(model, data, split, beams, length_penalty, temperature=0.0):
-    """(scores, captions) of evaluate(), greedy; with beam_cider and beam_bleu4, the scores of a beam search, and with
-    sampled_cider where a temperature is given."""
+def evaluate_both(model, data, split, beams, length_penalty):
+    """(scores, captions) of evaluate(), greedy; with beam_cider and beam_bleu4, the scores of a beam search."""
     scores, captions = evaluate(model, data, split)
     if beams > 1:
         by_beams, _ = evaluate(model, data, split, beams=beams, length_penalty=length_penalty)
         scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
-    if temperature:
-        generator = torch.Generator(config.device_of(model)).manual_seed(0)
-        scores["sampled_cider"] = evaluate(model, data, split, temperature=temperature, generator=generator)[0]["cider"]
     return scores, captions
 
 
@@ -303,13 +298,9 @@ def build_model(tokenizer):
 
 def freeze(model, phase):
     """Let only those parameters train that the phase trains, and say so."""
-    trains = {"vit": phase == "sft" and train_vit, "gpt": phase == "sft"}
-    for part, train in trains.items():
-        getattr(model, part).requires_grad_(train)
-    for name, p in model.gpt.named_parameters():  # new as the connector is
-        if ".cross_" in name:
-            p.requires_grad_(True)
-    frozen = [part for part, train in trains.items() if not train]
+    frozen = ["vit", "gpt"] if phase == "align" else [] if train_vit else ["vit"]
+    for name, p in model.named_parameters():  # cross-attention is new, as the connector is
+        p.requires_grad_(name.split(".")[0] not in frozen or ".cross_" in name)
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
 
@@ -319,11 +310,11 @@ def freeze(model, phase):
 
 
 def load_captioner(path, stage, device, dtype):
-    """(model, tokenizer, checkpoint) from a file that this stage or scst.py saved."""
+    """(model, checkpoint) from a file that this stage or scst.py saved."""
     checkpoint = config.load(path, stage)
     model = MLLM(MLLMConfig.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
-    return config.place(model, device, dtype), tokenizer_from_state(checkpoint["tokenizer"]), checkpoint
+    return config.place(model, config.pick_device(device), dtype), checkpoint
 
 
 def data_of(checkpoint):
@@ -342,23 +333,22 @@ def words_and_places(model, tokenizer, pixels, caption):
     ids = torch.tensor(tokenizer.encode(caption)[:room], dtype=torch.long, device=prompt.device)
     seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))
     seen = seen[0, prompt.size(1) - 1:]  # (T, n)
-    words, places = [], []
-    for token, place in zip(ids.tolist(), seen):
-        if not words or tokenizer.decode([token]).startswith(" "):
-            words.append([])
-            places.append([])
-        words[-1].append(token)
-        places[-1].append(place)
-    texts = [tokenizer.decode(word).strip() for word in words]
-    return texts, torch.stack([torch.stack(each).mean(dim=0) for each in places])
+    starts = [i for i, token in enumerate(ids.tolist()) if i == 0 or tokenizer.decode([token]).startswith(" ")]
+    spans = [slice(*pair) for pair in zip(starts, [*starts[1:], len(ids)])]
+    words = [tokenizer.decode(ids[span].tolist()).strip() for span in spans]
+    return words, torch.stack([seen[span].mean(dim=0) for span in spans])
 
 
-def caption_files(model, tokenizer, size, where, out, **decoding):
-    """Print the captions of the images at where with their log-probabilities, and draw them; of the first images also
-    where the model looked for each word. size: pixels a side that the model sees."""
-    photos, broken = open_images(where)
-    inputs, each = torch.stack([to_pixels(photo, size) for _, photo in photos]), decoding["num_captions"]
+def caption_files(model, checkpoint, settings):
+    """Print the captions of the images at settings["image"] with their log-probabilities, and draw them; of the first
+    images also where the model looked for each word."""
+    out, tokenizer = Path(settings["out_dir"]), tokenizer_from_state(checkpoint["tokenizer"])
+    (photos, broken), each = open_images(settings["image"]), settings["num_captions"]
+    inputs = torch.stack([to_pixels(photo, checkpoint["image_transform"]["size"]) for _, photo in photos])
     prompts = [caption_sample(i) for i in range(len(photos))]
+    decoding = {name: settings[name] for name in ("num_captions", "temperature", "length_penalty")}
+    decoding |= {"beams": max(settings["beams"], each),
+                 "generator": torch.Generator(config.device_of(model)).manual_seed(settings["seed"])}
     captions, _, ids = write_answers(model, inputs, tokenizer, prompts, **decoding)
     dev, log_probs = ids.device, []
     with torch.no_grad(), evaluating(model), config.autocast(model):
@@ -382,24 +372,31 @@ def caption_files(model, tokenizer, size, where, out, **decoding):
 
 def print_baselines(model, data, split):
     """A table of what people, the nearest training photos' captions and the model (or None) score on a split."""
-    groups, texts = data["splits"][split], {}
-    for group in (group for groups in data["splits"].values() for group in groups):
-        texts[group[0]["images"][0]] = answers(group)
-    five = [answers(group) for group in groups]
-    if min(map(len, five)) < 2:
-        config.fail("to compare people with each other takes two captions of each photo")
+    texts = {group[0]["images"][0]: answers(group) for groups in data["splits"].values() for group in groups}
     train, photos = ([group[0]["images"][0] for group in data["splits"][name]] for name in ("train", split))
-    four, nearest = [refs[1:] for refs in five], nearest_captions(data["images"], texts, train, photos)
-    rows = {"people: the first caption against the others": ([refs[0] for refs in five], four),
-            "nearest training photos against the same others": (nearest, four),
-            "nearest training photos, all references": (nearest, five)}
+    if min(len(texts[p]) for p in photos) < 2:
+        config.fail("to compare people with each other takes two captions of each photo")
+    captions = {"people, the first caption of each photo": [texts[p][0] for p in photos],
+                "nearest training photos": nearest_captions(data["images"], texts, train, photos)}
     if model:
-        _, captions = evaluate(model, data, split)
-        rows |= {"the model against the same others": (captions, four), "the model, all references": (captions, five)}
+        captions["the model, greedy"] = evaluate(model, data, split)[1]
     print(f"{split:<60}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
-    for name, (captions, references) in rows.items():
-        values = [100 * cider(captions, references)[0], *(100 * score for score in bleu(captions, references))]
-        print(f"{name:<60}" + "".join(f"{value:>8.1f}" for value in values))
+    for name, first in (("its other captions", 1), ("all its captions", 0)):
+        for who, said in list(captions.items())[not first:]:  # a person's caption is not compared with itself
+            references = [texts[p][first:] for p in photos]
+            values = [100 * value for value in (cider(said, references)[0], *bleu(said, references))]
+            print(f"{who + ', against ' + name:<60}" + "".join(f"{value:>8.1f}" for value in values))
+
+
+def use(path, stage, settings):
+    """What --image or --eval_only asks of the captioner at path; settings: of this stage or of scst.py."""
+    model, checkpoint = load_captioner(path, stage, settings["device"], settings["dtype"])
+    if settings["image"]:
+        return caption_files(model, checkpoint, settings)
+    split = settings["eval_split"]
+    scores, _ = evaluate_both(model, data_of(checkpoint), split, settings["beams"], settings["length_penalty"])
+    print(f"{path}, step {checkpoint['step']}, {split}: "
+          + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,37 +459,25 @@ def train(model, data, phase, settings, resumed, before):
 
 @config.one_line_errors
 def main(argv=None):
-    settings = config.override(globals(), argv)
-    dev, out = config.pick_device(device), Path(out_dir)
+    settings, out = config.override(globals(), argv), Path(out_dir)
     if image or eval_only:
-        model, tokenizer, checkpoint = load_captioner(out / "sft.pt", "mllm", dev, dtype)
-        if image:
-            return caption_files(model, tokenizer, checkpoint["image_transform"]["size"], image, out,
-                                 num_captions=num_captions, beams=max(beams, num_captions), temperature=temperature,
-                                 length_penalty=length_penalty, generator=torch.Generator(dev).manual_seed(seed))
-        scores, _ = evaluate_each_way(model, data_of(checkpoint), eval_split, beams, length_penalty, temperature)
-        print(f"{out / 'sft.pt'}, step {checkpoint['step']}, {eval_split}: "
-              + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-        return
-    if baselines:
-        if (out / "sft.pt").is_file():
-            model, _, checkpoint = load_captioner(out / "sft.pt", "mllm", dev, dtype)
-            return print_baselines(model, data_of(checkpoint), eval_split)
-        return print_baselines(None, load_samples(dataset, image_size, n_drawn), eval_split)
-
+        return use(out / "sft.pt", "mllm", settings)
+    if baselines and (out / "sft.pt").is_file():
+        model, checkpoint = load_captioner(out / "sft.pt", "mllm", device, dtype)
+        return print_baselines(model, data_of(checkpoint), eval_split)
     data = load_samples(dataset, image_size, n_drawn)
-    tokenizer = data["tokenizer"]
-    resumed = config.resume("mllm", settings, tokenizer=tokenizer.state())
+    if baselines:
+        return print_baselines(None, data, eval_split)
+
+    dev, resumed = config.pick_device(device), config.resume("mllm", settings, tokenizer=data["tokenizer"].state())
     torch.manual_seed(seed)
     if resumed:
         model, origin = MLLM(MLLMConfig.from_dict(resumed["config"])), {"vit": out, "connector": out, "gpt": out}
     else:
-        model, origin = build_model(tokenizer)
+        model, origin = build_model(data["tokenizer"])
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
-    with config.one_line(ValueError):  # an image_size that does not divide into the patches of vit_ckpt
-        n_image_tokens = model.config.n_image_tokens(image_size)
     print(f"{dataset}: " + ", ".join(f"{len(groups):,} photos to {split}" for split, groups in data["splits"].items())
-          + f"; {n_image_tokens} image tokens each; on {dev}")
+          + f"; {model.config.n_image_tokens(image_size)} image tokens each; on {dev}")
     for part, where in origin.items():
         print(f"{part:<9} {sum(p.numel() for p in getattr(model, part).parameters()):>10,} parameters, {where}")
 
@@ -505,7 +490,7 @@ def main(argv=None):
         return
     plot(out, right=("val_cider",))
     model.load_state_dict(config.load(out / "sft.pt", "mllm")["model"])
-    scores, _ = evaluate_each_way(model, data, "test", beams, length_penalty)
+    scores, _ = evaluate_both(model, data, "test", beams, length_penalty)
     run.log({}, file_only={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
     print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "

@@ -224,27 +224,15 @@ def train(run, model, optimizers, data, reward, **about):
 
 @config.one_line_errors
 def main(argv=None):
-    settings = config.override(globals(), argv)
+    settings, out = config.override(globals(), argv), Path(out_dir)
+    if image or eval_only:
+        return mllm.use(out / "scst.pt", "scst", settings)
     if baseline == "leave_one_out" and samples < 2:
         config.fail("baseline=leave_one_out needs samples of at least 2")
-    dev, out = config.pick_device(device), Path(out_dir)
-    if image:
-        model, tokenizer, checkpoint = mllm.load_captioner(out / "scst.pt", "scst", dev, dtype)
-        return mllm.caption_files(model, tokenizer, checkpoint["image_transform"]["size"], image, out,
-                                  num_captions=num_captions, beams=max(beams, num_captions), temperature=temperature,
-                                  length_penalty=length_penalty, generator=torch.Generator(dev).manual_seed(seed))
-    if eval_only:
-        model, _, checkpoint = mllm.load_captioner(out / "scst.pt", "scst", dev, dtype)
-        scores, _ = mllm.evaluate_each_way(model, mllm.data_of(checkpoint), eval_split, beams, length_penalty,
-                                           temperature)
-        print(f"{out / 'scst.pt'}, step {checkpoint['step']}, {eval_split}: "
-              + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-        return
-
     resumed = config.resume("scst", settings, start="sft")
     start_from = Path(resumed["sft"]) if resumed else find_sft()
-    model, tokenizer, checkpoint = mllm.load_captioner(start_from, "mllm", dev, resumed["dtype"] if resumed else dtype)
-    data, sft = mllm.data_of(checkpoint), checkpoint["settings"]
+    model, checkpoint = mllm.load_captioner(start_from, "mllm", device, resumed["dtype"] if resumed else dtype)
+    data, sft = mllm.data_of(checkpoint), checkpoint["settings"]  # of the run that trained the captioner
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
     config.check_batch(min(batch_size, len(data["splits"]["train"])), accumulation)
     before = {name: w.clone() for name, w in model.state_dict().items()}
@@ -255,8 +243,8 @@ def main(argv=None):
     columns = ["train", "reward", "length", "broken", "distinct", "reward_share", "greedy"]  # of an interval's samples
     columns += [f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES]
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, columns, resumed, "scst.pt")
-    print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters train, on {dev}; baseline {baseline}")
+    trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
+    print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
     train(run, model, optimizers, data, reward, sft=str(start_from), sft_settings=sft,
           tokenizer=checkpoint["tokenizer"], image_transform=checkpoint["image_transform"])
     if not config.is_main():
@@ -267,7 +255,7 @@ def main(argv=None):
     for when, weights in (("before", before), ("after", after)):
         model.load_state_dict(weights)
         for split in ("val", "test"):
-            scores, captions = mllm.evaluate_each_way(model, data, split, beams, length_penalty)
+            scores, captions = mllm.evaluate_both(model, data, split, beams, length_penalty)
             table.append((when, split, scores))
             if split == "test":
                 pictures.append(captions[:len(shown)])
