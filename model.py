@@ -1011,7 +1011,8 @@ class MLLMConfig:
 
     def n_placeholders(self, image_size):
         """How many ids stand for an image: one per image token, or a single marker with cross-attention."""
-        return 1 if self.gpt.cross_every else self.n_image_tokens(image_size)
+        n_image_tokens = self.n_image_tokens(image_size)  # or the error that patches do not fit
+        return 1 if self.gpt.cross_every else n_image_tokens
 
 
 class MLLM(nn.Module):

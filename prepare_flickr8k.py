@@ -7,7 +7,7 @@ Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, 
 
 Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
 each split; tokenizer.json, a BPE trained on the training captions; and {train,val,test}.npy, the captions as one stream
-of token ids for gpt.py. Captions are stored as the model is to write them: lower case, without the full stop at the end.
+of token ids for gpt.py. Captions are stored as the model is to write them: lower case, no full stop at the end.
 """
 
 import csv

@@ -55,8 +55,8 @@ def fail(message):
 
 
 def one_line_errors(main):
-    """Decorator of a script's main(): Ctrl-C and errors of the file system end in one line, without a traceback. Of
-    several processes, only the first prints."""
+    """Decorator of a script's main(): Ctrl-C and errors of the file system end in one line; of several processes, only
+    the first prints."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -83,9 +83,7 @@ def one_line(exception):
 
 def read_settings(path, is_recipe=False):
     """{name: (value, comment)} of the lines `name = value  # why` at the top level of a Python file; runs nothing.
-
-    Names are lower case and values literals; in a recipe, a config file, every other statement is an error.
-    """
+    Names are lower case and values literals; in a recipe, a config file, every other statement is an error."""
     source, found = Path(path).read_text(encoding="utf-8"), {}
     try:
         body = ast.parse(source).body
@@ -127,13 +125,9 @@ def _cast(key, value, default, where):
 
 
 def override(stage, argv=None):
-    """Set a stage's settings from the command line and return them as a dict.
-
-    stage: the globals() of a script whose settings stand at its top as `name = value  # why`.
-    argv: config files (*.py) and --key=value, applied from left to right; None takes sys.argv[1:].
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    defaults = read_settings(stage["__file__"])
+    """Set a stage's settings, by config files (*.py) and --key=value from left to right; returns them as a dict. stage:
+    the globals() of a script with `name = value  # why` at its top. argv: None takes sys.argv[1:]."""
+    argv, defaults = sys.argv[1:] if argv is None else list(argv), read_settings(stage["__file__"])
     settings = {name: value for name, (value, _) in defaults.items()}
     if "--help" in argv or "-h" in argv:
         print(stage["__doc__"].strip(), "\n\nsettings (override with --name=value, or in a config file):")
@@ -148,33 +142,25 @@ def override(stage, argv=None):
             changes, where = {key: text}, "command line"
         elif arg.endswith(".py"):
             if not Path(arg).is_file():
-                fail(f"{arg}: no such config file; there are {', '.join(map(str, recipes()))}")
+                there_are = ", ".join(map(str, sorted(Path("config").glob("[!_]*.py"))))
+                fail(f"{arg}: no such config file; there are {there_are}")
             changes, where = {key: value for key, (value, _) in read_settings(arg, is_recipe=True).items()}, arg
         else:
             fail(f"{arg}: neither a config file (*.py) nor --key=value")
         for key, value in changes.items():
             if key not in settings:
-                near = difflib.get_close_matches(key, settings, 1)
-                hint = f"did you mean {near[0]}?" if near else "--help lists them"
-                fail(f"unknown setting {key} ({where}); {hint}")
+                hints = [f"did you mean {near}?" for near in difflib.get_close_matches(key, settings, 1)]
+                fail(f"unknown setting {key} ({where}); {(hints or ['--help lists them'])[0]}")
             settings[key] = _cast(key, value, defaults[key][0], where)
             print(f"{key} = {settings[key]!r}  ({where})")
     stage.update(settings)
     return settings
 
 
-def recipes():
-    """The paths of all config files."""
-    return sorted(Path("config").glob("[!_]*.py"))
-
-
 def recipe_of(folder):
     """The config file whose out_dir is this folder, with a space before it; empty where there is none."""
-    for recipe in recipes():
-        out_dir, _ = read_settings(recipe).get("out_dir", ("", ""))
-        if out_dir and Path(out_dir) == Path(folder):
-            return f" {recipe}"
-    return ""
+    recipes = {read_settings(recipe).get("out_dir", [""])[0]: recipe for recipe in Path("config").glob("[!_]*.py")}
+    return f" {recipes[str(folder)]}" if str(folder) in recipes else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,11 +244,12 @@ def show_progress(text):
 
 
 def rank():
+    """The number of this process among those that torchrun started, or 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def is_main():
-    """Whether this process prints and writes: the first of those that torchrun started, or the only one."""
+    """Whether this process prints and writes."""
     return rank() == 0
 
 
@@ -371,7 +358,7 @@ def update(model, optimizers, loss, factor, grad_clip):
 
 
 def save(path, checkpoint):
-    """Write a checkpoint (tensors and plain values) to a temporary name and move it into place."""
+    """Write a checkpoint, of tensors and plain values, to a temporary name and move it into place."""
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -400,11 +387,9 @@ def load(path, *stages, train_with=None):
 
 
 def resume(stage, settings, start="scratch", tokenizer=None):
-    """With init_from=resume the checkpoint that the run continues from, out_dir/last.pt; None with init_from=start.
-
-    A resumed run is the same run: a setting that has changed is an error, unless it is one of FREE; and so is another
-    tokenizer (its state(), of the data) than the run began with.
-    """
+    """With init_from=resume the checkpoint that the run continues from, out_dir/last.pt; None with init_from=start. A
+    resumed run is the same run: it is an error if a setting has changed, unless it is one of FREE, or the tokenizer
+    (its state(), of the data)."""
     init_from, out_dir = settings["init_from"], Path(settings["out_dir"])
     if init_from not in (start, "resume"):
         fail(f"init_from={init_from}: {start} or resume")
@@ -423,17 +408,15 @@ def resume(stage, settings, start="scratch", tokenizer=None):
 
 
 def set_aside(out_dir, dataset):
-    """Rename the checkpoints that a new run finds in its folder to *.old.pt, *.old2.pt, ...; end the run if they are of
+    """Rename the checkpoints that a new run finds in its folder to *.old.pt, *.old2.pt, ...; an error if they are of
     another dataset."""
     if (out_dir / "last.pt").is_file():
         other = load(out_dir / "last.pt", "vit", "gpt", "mllm", "scst").get("dataset")
         if other != dataset:
             fail(f"{out_dir} holds a run on {other}, this one is on {dataset}; give it --out_dir={out_dir}_{dataset}")
     for old in [p for p in sorted(out_dir.glob("*.pt")) if ".old" not in p.name]:
-        names = (old.with_suffix(f".old{n if n > 1 else ''}.pt") for n in range(1, 10 ** 6))
-        name = next(name for name in names if not name.exists())
-        old.replace(name)
-        print(f"renamed {old} to {name.name}")
+        n = len(list(out_dir.glob(f"{old.stem}.old*.pt"))) + 1
+        print(f"renamed {old} to {old.replace(old.with_suffix(f'.old{n}.pt' if n > 1 else '.old.pt')).name}")
 
 
 class Run:
@@ -443,23 +426,22 @@ class Run:
                  before=None):
         """columns: names of the numbers that log() may be given. resumed: the checkpoint that the run continues from.
         best: file name of the best checkpoint. part: of max_steps and max_minutes, at which this phase ends. before:
-        the Run of the phase before this one."""
+        the Run of the phase before it."""
         if settings["max_steps"] <= 0 and settings["max_minutes"] <= 0:
             fail("a run needs an end: max_steps or max_minutes above 0")
         self.stage, self.dataset, self.settings, self.out = stage, dataset, settings, Path(settings["out_dir"])
         self.model, self.optimizers, self.best_path, self.best = model, optimizers, self.out / best, -math.inf
         self.max_steps, self.max_seconds = math.ceil(part * settings["max_steps"]), 60 * part * settings["max_minutes"]
         self.first = (before.step, before.seconds()) if before else resumed["first"] if resumed else (0, 0.0)
-        self.step, seconds = self.first  # where the phase began
         self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
-        self.rows = before.rows if before else []  # of the log
+        (self.step, seconds), self.rows = self.first, before.rows if before else []  # of the log
         if resumed:
-            self.step, seconds, self.best = resumed["step"], resumed["seconds"], resumed["best"]
-            self.rows = resumed["rows"]
+            self.step, seconds, self.best, self.rows = (resumed[key] for key in ("step", "seconds", "best", "rows"))
             model.load_state_dict(resumed["model"])
             for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         elif is_main() and not before:
+            self.out.mkdir(parents=True, exist_ok=True)
             set_aside(self.out, dataset)
         self.evaluated = self.step if resumed or before else -1  # the step of the last evaluation
         self.losses, self.recent = [], []  # since the last evaluation; before it
@@ -502,28 +484,25 @@ class Run:
         self.losses.append(loss)
         self.step += 1
         if len(self.losses) > 1:
-            previous = self.losses[-2].item()
-            self.check_finite(previous, self.step - 2)
+            previous = self._finite(self.losses[-2].item(), self.step - 2)
             show_progress(f"step {self.step} | loss {previous:.3f}")
 
-    def check_finite(self, loss, step):
+    def _finite(self, loss, step):
         if not math.isfinite(loss):
             fail(f"the loss is {loss} at step {step}; {self.out / 'last.pt'} is the last good checkpoint")
+        return loss
 
     def log(self, numbers, lr=None, items=None, unit="", file_only=None):
         """Print one line, and add it as a row to out_dir/log.csv. numbers: {column: number or str}; file_only: more of
         them, not printed. items: how many units (tokens, images) one step takes. With lr the mean loss since the last
         evaluation is added as the column train."""
         if lr is not None and self.recent:
-            numbers = {"train": torch.stack(self.recent).mean().item()} | numbers
-        for name in ("train", "val"):
-            self.check_finite(numbers.get(name, 0.0), self.step)
+            numbers = {"train": self._finite(torch.stack(self.recent).mean().item(), self.step)} | numbers
+        self._finite(numbers.get("val", 0.0), self.step)
         last = f"/{self.settings['max_steps']}" if self.settings["max_steps"] > 0 else ""
-        text, row = [f"step {self.step}{last}"], {"step": self.step}
-        for name, value in (numbers | (file_only or {})).items():
-            row[name] = value if isinstance(value, str) else f"{value:.6g}"
-            if name in numbers:
-                text.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}")
+        written = lambda value, form: value if isinstance(value, str) else format(value, form)
+        row = {"step": self.step} | {k: written(value, ".6g") for k, value in (numbers | (file_only or {})).items()}
+        text = [f"step {self.step}{last}", *(f"{name} {written(value, '.4g')}" for name, value in numbers.items())]
         seconds, (last_step, last_seconds) = self.seconds(), self.paced
         if lr is not None:
             text.append(f"lr {lr:.1e}")
@@ -539,7 +518,6 @@ class Run:
         if len(text) > 1:
             print(" | ".join(text), flush=True)
         self.rows.append(row | {"minutes": f"{seconds / 60:.3f}"})
-        self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / "log.csv", "w", newline="") as f:
             writer = csv.DictWriter(f, self.columns, restval="")
             writer.writeheader()

@@ -72,9 +72,9 @@ def shift_and_mirror(images, shift, mirrored):
 def augment_photos(images, captions, crop, jitter, mirror):
     """(B, 3, H, W) photos -> (B, 3, H, W) float, augmented with draws from torch's global generator.
 
-    Of each photo a part is seen, of crop to 1 times its area, its sides stretched by up to 4 / 3, resized to H x W. With
-    mirror half of the photos are mirrored, but none with a caption (captions: a list for each photo) that says left or
-    right. Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter.
+    Of each photo a part is seen, of crop to 1 times its area, its sides stretched by up to 4 / 3, resized to H x W.
+    With mirror half of the photos are mirrored, but none with a caption (captions: a list for each photo) that says
+    left or right. Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter.
     """
     B, dev, images = len(images), images.device, images.float()
     sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
