@@ -38,6 +38,7 @@ from PIL import Image
 import config
 import gpt
 import mllm
+import model
 import prepare_cifar
 import prepare_flickr8k
 import prepare_shakespeare
@@ -1756,24 +1757,34 @@ FIXED = {gpt: ("--dropout=0.0",), vit: ("--dropout=0.0", "--cutmix=0.0", "--shif
 FIXED_CLIP = (*FIXED[vit], "--crop=1.0", "--jitter=0.0")
 
 
+def likely_tokens(logits, temperature=1.0, *_):
+    """In the place of sample_next: the first of two samples is greedy, the second takes the second likeliest tokens."""
+    rank = torch.arange(len(logits)) % 2 if temperature else torch.zeros(len(logits), dtype=torch.long)
+    return logits.topk(2).indices.gather(1, rank[:, None]).squeeze(1)
+
+
 def test_two_processes_and_accumulation_train_as_one_process_does():
     long = ("--max_steps=20", "--eval_interval=1")
     runs = [(stage, "train", (*args, *fixed, *long, *more), limit)
             for stage, args, fixed in (*((stage, TOY[stage], FIXED[stage]) for stage in (gpt, vit, mllm)),
                                        (mllm, (*TOY[mllm], "--fusion=cross"), FIXED[mllm]), (vit, TOY_CLIP, FIXED_CLIP))
             for more, limit in [((), 1e-2), (("--muon_lr=0.0",), 1e-3)]]
+    runs.append((scst, "train", (*TOY[scst], "--sft_dir=out/fixed", *long), 1e-3))  # AdamW, of given samples
     script = "\n".join(f"{stage.__name__}.main({[*args, f'--out_dir=out/two{i}']})"
                        for i, (stage, _, args, _) in enumerate(runs))
     with in_new_folder():
         make_toy_data()
+        run(mllm, *TOY[mllm], *FIXED[mllm], "--out_dir=out/fixed")  # what scst starts from
         Path("stages.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-                                     f"import gpt, mllm, scst, vit\n{script}\n")
+                                     f"import gpt, mllm, model, scst, test_model, vit\n"
+                                     f"model.sample_next = test_model.likely_tokens\n{script}\n")
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                                "stages.py"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         for i, (stage, column, args, limit) in enumerate(runs):
-            run(stage, *args, f"--out_dir=out/one{i}")
-            run(stage, *args, f"--out_dir=out/parts{i}", "--accumulation=2")
+            with patched(model, "sample_next", likely_tokens):
+                run(stage, *args, f"--out_dir=out/one{i}")
+                run(stage, *args, f"--out_dir=out/parts{i}", "--accumulation=2")
             one, two, parts = ([float(row[column]) for row in log_rows(f"out/{name}{i}") if row[column]]
                                for name in ("one", "two", "parts"))
             assert len(one) == len(two) == len(parts) == 20, (stage.__name__, len(one), len(two), len(parts))
