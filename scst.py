@@ -19,15 +19,13 @@ Departures from the paper:
 - the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and batches weigh alike)
 - the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
   middle of "in front of a", which costs CIDEr nothing
-- any number of samples a photo; AdamW with a linear warm-up and cool-down
+- any number of samples per photo; AdamW with a linear warm-up and cool-down
 - the reward may hold smoothed sentence BLEU-4 (bleu_weight): from the second order on, one is added to matches and
   totals (Lin and Och 2004)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
-import math
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +34,7 @@ import torch
 import config
 import mllm
 from config.tools.data import augment_photos
-from config.tools.metrics import CiderD, count_ngrams, ends_badly, words_of
+from config.tools.metrics import CiderD, bleu_of_words, ends_badly, words_of
 from config.tools.pictures import plot
 
 # the run
@@ -76,7 +74,6 @@ eval_interval = 50  # steps between lines of the log, each with validation score
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
 TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct", "all_right")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # reward
 
@@ -86,34 +83,16 @@ class Reward:
 
     def __init__(self, references, cider_weight, bleu_weight):
         """references: for each photo a list of str; the document frequencies are counted over them."""
-        words = [[words_of(ref) + [END] for ref in refs] for refs in references]
-        self.cider_weight, self.bleu_weight, self.cider = cider_weight, bleu_weight, CiderD(words)
-        self.lengths = [[len(ref) for ref in refs] for refs in words]
-        self.allowed = []  # for each photo and n: the largest count of each ngram in one reference
-        for refs in words if bleu_weight else []:
-            counts = [Counter() for _ in range(4)]
-            for n, ref in ((n, ref) for n in range(4) for ref in refs):
-                counts[n] |= count_ngrams(ref, n + 1)
-            self.allowed.append(counts)
-
-    def smoothed_bleu4(self, words, photo):
-        """Sentence BLEU-4, 0 to 1, with one added to matches and totals from n = 2 on (Lin and Och 2004)."""
-        log_precision = 0.0
-        for n, allowed in enumerate(self.allowed[photo]):
-            counts, one = count_ngrams(words, n + 1), min(n, 1)
-            matched, total = (counts & allowed).total() + one, counts.total() + one
-            if matched == 0:
-                return 0.0
-            log_precision += math.log(matched / total) / 4
-        closest = min((abs(length - len(words)), length) for length in self.lengths[photo])[1]
-        return math.exp(log_precision + min(0.0, 1 - closest / len(words)))
+        self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
+        self.cider_weight, self.bleu_weight, self.cider = cider_weight, bleu_weight, CiderD(self.references)
 
     def __call__(self, captions, photos):
         """captions: n word lists, END last where the model ended it; photos: the index of each one's photo -> (n,)"""
         scores = self.cider_weight * self.cider.scores(captions, photos)
         if self.bleu_weight:
-            bleus = [self.smoothed_bleu4(words, photo) for words, photo in zip(captions, photos, strict=True)]
-            scores += self.bleu_weight * np.array(bleus)
+            bleu4 = [bleu_of_words([words], [self.references[photo]], smooth=1)[3]
+                     for words, photo in zip(captions, photos, strict=True)]
+            scores += self.bleu_weight * np.array(bleu4)
         return torch.from_numpy(scores).float()
 
 
@@ -250,26 +229,21 @@ def main(argv=None):
     if not config.is_main():
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
-    shown, table, pictures = data["splits"]["test"][:12], [], []
-    after = config.load(out / "scst.pt", "scst")["model"]
-    for when, weights in (("before", before), ("after", after)):
+    shown, ciders, captions = data["splits"]["test"][:12], [], []
+    print(f"{'':<13}" + "".join(f"{name:>11}" for name in TABLE))
+    for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
         for split in ("val", "test"):
-            scores, captions = mllm.evaluate_both(model, data, split, beams, length_penalty)
-            table.append((when, split, scores))
-            if split == "test":
-                pictures.append(captions[:len(shown)])
-    run.log({}, file_only={f"{when}_test_{name}": value for when, split, scores in table if split == "test"
-                           for name, value in scores.items()})
-    names = [name for name in TABLE if name in table[0][2]]
-    print(f"{'':<7}{'':<6}" + "".join(f"{name:>11}" for name in names))
-    for when, split, scores in table:
-        print(f"{when:<7}{split:<6}" + "".join(f"{scores[name]:>11.2f}" for name in names))
-    for group, b, a in zip(shown, *pictures):
+            scores, said = mllm.evaluate_both(model, data, split, beams, length_penalty)
+            print(f"{when:<7}{split:<6}" + "".join(f"{scores.get(name, np.nan):>11.2f}" for name in TABLE))
+            if split == "val":
+                ciders.append(scores["cider"])
+        run.log({}, file_only={f"{when}_test_{name}": value for name, value in scores.items()})
+        captions.append(said)
+    for group, b, a in zip(shown, *captions):
         print(f"{data['names'][group[0]['images'][0]]}: before: {b} | after: {a}")
-    mllm.draw_captions(out / "before_after.png", data, shown, [f"before: {b}\nafter: {a}" for b, a in zip(*pictures)])
-    gain = table[2][2]["cider"] / max(1e-9, table[0][2]["cider"]) - 1
-    print(f"validation CIDEr {table[0][2]['cider']:.2f} -> {table[2][2]['cider']:.2f} ({100 * gain:+.1f}%) after "
+    mllm.draw_captions(out / "before_after.png", data, shown, [f"before: {b}\nafter: {a}" for b, a in zip(*captions)])
+    print(f"validation CIDEr {ciders[0]:.2f} -> {ciders[1]:.2f} ({100 * (ciders[1] / ciders[0] - 1):+.1f}%) after "
           f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
 
 

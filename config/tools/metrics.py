@@ -32,12 +32,15 @@ def count_ngrams(words, n):
 
 def bleu(candidates, references):
     """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
+    candidates: list of str; references: a list of str for each candidate."""
+    return bleu_of_words([words_of(c) for c in candidates], [[words_of(ref) for ref in refs] for refs in references])
 
-    candidates: list of str; references: a list of str for each candidate.
-    """
-    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
-    for candidate, refs in zip(candidates, references, strict=True):
-        words, refs = words_of(candidate), [words_of(ref) for ref in refs]
+
+def bleu_of_words(candidates, references, smooth=0):
+    """bleu() of word lists. smooth: is added to matches and totals of two words and more; 1 for single sentences, of
+    which many match no four words (Lin and Och 2004)."""
+    matched, total, length, reference_length = [0] + 3 * [smooth], [0] + 3 * [smooth], 0, 0
+    for words, refs in zip(candidates, references, strict=True):
         length += len(words)
         reference_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
         for n in range(1, 5):
@@ -62,11 +65,8 @@ def document_frequencies(references):
 
 
 class CiderD:
-    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
-
-    references: for each image a list of word lists. df: what document_frequencies() gives; None counts these
-    references.
-    """
+    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once: for each image a list
+    of word lists. df: what document_frequencies() gives; None counts these references."""
 
     sigma = 6.0
 
@@ -105,8 +105,7 @@ def cider(candidates, references, df=None):
     """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's).
 
     candidates: list of str; references: a list of str for each candidate. A caption of four words or more that is its
-    only reference scores 10 (unless all images share its words). df: document_frequencies() of other references than
-    these.
+    only reference scores 10 (unless all images share its words). df: document_frequencies() of other references.
     """
     assert len(candidates) == len(references), "one list of references for each candidate"
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
@@ -139,18 +138,16 @@ def caption_scores(captions, ended, references):
 def colours_and_edges(images, side=8, cells=4, directions=8):
     """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of
     cells x cells parts, how much contrast runs in each direction), which weigh alike."""
-    reduce, colours, edges = torch.nn.functional.adaptive_avg_pool2d, [], []
+    reduce, unit, colours, edges = F.adaptive_avg_pool2d, lambda v: F.normalize(v - v.mean(dim=0), dim=1), [], []
     for x in images.split(500):
         x = x.float()
         colours.append(reduce(x, side).flatten(1))
         grey = x.mean(dim=1)
         dy, dx = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
         angle = ((torch.atan2(dy, dx) / math.pi % 1.0) * directions).long() % directions  # a line points both ways
-        strength = torch.nn.functional.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]
+        strength = F.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]
         edges.append(reduce(strength.permute(0, 3, 1, 2), cells).flatten(1).sqrt())  # (b, directions * cells * cells)
-    colours, edges = torch.cat(colours), torch.cat(edges)
-    unit = lambda v: torch.nn.functional.normalize(v - v.mean(dim=0), dim=1)
-    return torch.nn.functional.normalize(torch.cat((unit(colours), unit(edges)), dim=1), dim=1)
+    return F.normalize(torch.cat((unit(torch.cat(colours)), unit(torch.cat(edges))), dim=1), dim=1)
 
 
 def nearest_captions(images, captions, train, photos, k=20):
