@@ -243,7 +243,8 @@ def main(argv=None):
     for group, b, a in zip(shown, *captions):
         print(f"{data['names'][group[0]['images'][0]]}: before: {b} | after: {a}")
     mllm.draw_captions(out / "before_after.png", data, shown, [f"before: {b}\nafter: {a}" for b, a in zip(*captions)])
-    print(f"validation CIDEr {ciders[0]:.2f} -> {ciders[1]:.2f} ({100 * (ciders[1] / ciders[0] - 1):+.1f}%) after "
+    gain = 100 * (ciders[1] / max(ciders[0], 1e-9) - 1)
+    print(f"validation CIDEr {ciders[0]:.2f} -> {ciders[1]:.2f} ({gain:+.1f}%) after "
           f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
 
 
