@@ -37,8 +37,7 @@ def choose(table, **choice):
     return table[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. tokenizers
+# 1. tokenizers -------------------------------------------------------------------------------------------------------
 
 
 class CharTokenizer:
@@ -68,11 +67,9 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte-pair encoding on UTF-8 bytes (Sennrich et al. 2016; byte-level as in GPT-2, Radford et al. 2019).
-
-    Ids 0-2 are pad, bos and eos, which encode() never returns and decode() leaves out, so that no typed text can be
-    taken for them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt.
-    """
+    """Byte-pair encoding on UTF-8 bytes (Sennrich et al. 2016; byte-level as in GPT-2, Radford et al. 2019). Ids 0-2
+    are pad, bos and eos, which encode() never returns and decode() leaves out, so that no typed text can be taken for
+    them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt."""
 
     pad_id, bos_id, eos_id = range(3)
     n_special = 3
@@ -110,52 +107,43 @@ class BPETokenizer:
                 continue
             if -n < 2:
                 break
-            new, changed = cls.n_special + 256 + len(merges), set()
-            merges.append(pair)
+            change = defaultdict(int)  # of the pairs' counts by this merge
             for w in where.pop(pair):
                 ids, n = words[w]
-                merged = cls._merge(ids, pair, new)
+                merged = cls._merge(ids, pair, cls.n_special + 256 + len(merges))
                 for old in zip(ids, ids[1:]):
-                    pairs[old] -= n
-                    changed.add(old)
+                    change[old] -= n
                 for fresh in zip(merged, merged[1:]):
-                    pairs[fresh] += n
+                    change[fresh] += n
                     where[fresh].add(w)
-                    changed.add(fresh)
                 words[w] = (merged, n)
-            for each in changed:
+            for each, n in change.items():
+                pairs[each] += n
                 if pairs[each] > 0:
                     heapq.heappush(heap, (-pairs[each], each))
+            merges.append(pair)
         return cls(merges)
 
     @staticmethod
     def _merge(ids, pair, new):
         """ids with every occurrence of pair replaced by the id new."""
-        out, i = [], 0
-        while i < len(ids):
-            if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
-                out.append(new)
-                i += 2
+        out = []
+        for i in ids:
+            if out and (out[-1], i) == pair:
+                out[-1] = new
             else:
-                out.append(ids[i])
-                i += 1
+                out.append(i)
         return out
-
-    def _encode_piece(self, piece):
-        ids = [self.n_special + b for b in piece.encode("utf-8", "surrogatepass")]
-        while len(ids) > 1:
-            best = min(zip(ids, ids[1:]), key=lambda pair: self.ranks.get(pair, math.inf))  # the earliest learnt first
-            if best not in self.ranks:
-                break
-            ids = self._merge(ids, best, self.ranks[best])
-        return ids
 
     def encode(self, text):
         """str -> list of ids, none of them special."""
-        out = []
+        out, rank = [], lambda pair: self.ranks.get(pair, math.inf)  # the pair learnt first is merged first
         for piece in self.pieces.findall(text):
             if piece not in self.cache:
-                self.cache[piece] = self._encode_piece(piece)
+                ids = [self.n_special + b for b in piece.encode("utf-8", "surrogatepass")]
+                while (best := min(zip(ids, ids[1:]), key=rank, default=None)) in self.ranks:
+                    ids = self._merge(ids, best, self.ranks[best])
+                self.cache[piece] = ids
             out += self.cache[piece]
         return out
 
@@ -176,8 +164,7 @@ def tokenizer_from_state(state):
     return choose({"char": CharTokenizer, "byte_bpe": BPETokenizer}, tokenizer=state["kind"]).from_state(state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. attention
+# 2. attention --------------------------------------------------------------------------------------------------------
 
 
 def padding_mask(ids, pad_id):
@@ -191,11 +178,9 @@ def causal_mask(Tq, Tk, device=None):
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
-    """softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017).
-
-    q: (..., Tq, head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk).
-    Returns the output (..., Tq, head_dim) and the weights (..., Tq, Tk) before dropout.
-    """
+    """softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017). q: (..., Tq,
+    head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk). Returns the output (..., Tq,
+    head_dim) and the weights (..., Tq, Tk) before dropout."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., Tq, Tk)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN where a row sees nothing
@@ -222,16 +207,9 @@ class KVCache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
     def select(self, rows):
-        """Keep these rows of the batch, (n,) indices. A row may be kept several times: its continuations then share the
-        prompt, which is read once."""
+        """Keep these rows of the batch, (n,) indices; a row may be kept several times, for several continuations."""
         if self.k is not None:
             self.k, self.v = self.k[rows], self.v[rows]
-
-
-def select_rows(caches, rows):
-    """Keep these rows of all caches that TransformerDecoder.new_caches() made."""
-    for cache in (cache for pair in caches for cache in pair):
-        cache.select(rows)
 
 
 class RotaryEmbedding(nn.Module):
@@ -256,12 +234,10 @@ class RotaryEmbedding(nn.Module):
 
 class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-, cross- and cached attention in one class.
-
     n_embd: channels in and out; rotary: a RotaryEmbedding for self-attention, or None; fused: run torch's kernel, which
-    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above. For bfloat16 on a CPU the
-    hand-written function is the faster one, and always runs. Where the attribute keep_weights is True, it runs too, and
-    the attention weights (B, n_head, Tq, Tk) are kept as the attribute attn_weights.
-    """
+    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above. The latter runs all the
+    same for bfloat16 on a CPU, where it is faster, and where the attribute keep_weights is True; the attention weights
+    (B, n_head, Tq, Tk) are then kept as the attribute attn_weights."""
 
     def __init__(self, n_embd, n_head, bias=True, rotary=None, fused=True):
         super().__init__()
@@ -277,29 +253,23 @@ class MultiHeadAttention(nn.Module):
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, n_head, T, head_dim)
 
     def forward(self, x, memory=None, mask=None, causal=False, cache=None):
-        """x: (B, Tq, C); memory: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend.
-
-        causal: a query sees the keys up to its own position. cache: a KVCache; for self-attention x continues what it
-        holds, for cross-attention it keeps the memory's keys and values after the first call.
-        """
+        """x: (B, Tq, C); memory: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend; causal: a
+        query sees the keys up to its own position. cache: a KVCache; for self-attention x continues what it holds, for
+        cross-attention it keeps the memory's keys and values after the first call."""
         B, Tq, C = x.shape
+        start = 0 if cache is None else cache.length
         if memory is None:
             q, k, v = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
             if self.rotary is not None:
-                start = cache.length if cache is not None else 0
                 q, k = self.rotary(q, start), self.rotary(k, start)
-            if cache is not None:
-                k, v = cache.append(k, v)
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = self._heads(F.linear(x, weight[:C], None if bias is None else bias[:C]))
-            if cache is not None and cache.length:
-                k, v = cache.k[:, :, :cache.length], cache.v[:, :, :cache.length]
-            else:
-                kv = F.linear(memory, weight[C:], None if bias is None else bias[C:])
-                k, v = (self._heads(t) for t in kv.chunk(2, dim=-1))
-                if cache is not None:
-                    k, v = cache.append(k, v)
+            q_weight, kv_weight = self.qkv.weight.split((C, 2 * C))
+            q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((C, 2 * C))
+            q = self._heads(F.linear(x, q_weight, q_bias))
+            new = memory[:, start:]  # nothing, once the cache holds the memory
+            k, v = (self._heads(t) for t in F.linear(new, kv_weight, kv_bias).chunk(2, dim=-1))
+        if cache is not None:
+            k, v = cache.append(k, v)
         Tk = k.size(2)
         fused = self.fused and not self.keep_weights and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
         is_causal = causal and mask is None and Tq == Tk and fused  # the kernel has this one mask built in
@@ -313,20 +283,16 @@ class MultiHeadAttention(nn.Module):
         else:
             out, attn_weights = scaled_dot_product_attention(q, k, v, mask)
             self.attn_weights = attn_weights.detach() if self.keep_weights else None
-        out = out.transpose(1, 2).reshape(B, Tq, C)  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
-        return self.proj(out)
+        return self.proj(out.transpose(1, 2).reshape(B, Tq, C))  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. layers
+# 3. layers -----------------------------------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) over the channels, then a gain and a shift (Ba et al. 2016).
-
-    Run by torch's kernel, which reads x once: written out in torch operations, as RMSNorm below, it is the same to
-    rounding (tested), but a small ViT's training step is then a fifth longer on a CPU.
-    """
+    """(x - mean) / sqrt(variance + eps) over the channels, then a gain and a shift (Ba et al. 2016). Run by torch's
+    kernel, which reads x once: written out, as RMSNorm below, it is the same to rounding (tested), but a small ViT's
+    training step is then a fifth longer on a CPU."""
 
     def __init__(self, n_embd, eps=1e-5):
         super().__init__()
@@ -364,11 +330,9 @@ def evaluating(model):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014).
-
-    p is rounded to 256ths: one random byte decides on an element, and eight are drawn at a time. On CPUs F.dropout
-    spends longer on its random numbers than most layers on their work.
-    """
+    """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014). p is
+    rounded to 256ths: one random byte decides on an element, and eight are drawn at a time. On CPUs F.dropout spends
+    longer on its random numbers than most layers on their work."""
 
     def __init__(self, p):
         super().__init__()
@@ -392,8 +356,8 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": swiglu}  # of 2017; Hen
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, applied to each position alone. With swiglu, n_hidden is cut
-    to two thirds, which keeps the number of weights."""
+    """Two linear layers with an activation between them, applied to each position alone: (B, T, C) -> (B, T, C). With
+    swiglu, n_hidden is cut to two thirds, which keeps the number of weights."""
 
     def __init__(self, n_embd, n_hidden=None, activation="gelu", dropout=0.0, bias=True):
         super().__init__()
@@ -405,7 +369,6 @@ class FeedForward(nn.Module):
         self.drop = Dropout(dropout)
 
     def forward(self, x):
-        """(B, T, C) -> (B, T, C)"""
         return self.drop(self.proj(self.activation(self.up(x))))
 
 
@@ -424,25 +387,24 @@ class SinusoidalPositionalEncoding(nn.Module):
 
 
 class LearnedPositionalEncoding(nn.Module):
-    """Adds one learnt vector per position."""
+    """Adds one learnt vector per position; used as the encoding above."""
 
     def __init__(self, n_embd, max_len):
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(max_len, n_embd))
 
     def forward(self, x, start=0):
-        """x: (B, T, C) at the positions start, start + 1, ..."""
         return x + self.positions[start:start + x.size(1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. blocks (pre-norm: the residual stream itself is never normalised, Xiong et al. 2020). Dropout acts on what each
-# sub-layer adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU,
-# drawing random numbers for those takes longer than the attention itself.
+# 4. blocks -----------------------------------------------------------------------------------------------------------
+# Pre-norm: the residual stream itself is never normalised (Xiong et al. 2020). Dropout acts on what each sub-layer
+# adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU, drawing random
+# numbers for those takes longer than the attention itself.
 
 
 class EncoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None):
         super().__init__()
@@ -452,17 +414,14 @@ class EncoderBlock(nn.Module):
         self.drop = Dropout(dropout)
 
     def forward(self, x, mask=None):
-        """(B, T, C) -> (B, T, C)"""
         x = x + self.drop(self.attn(self.norm1(x), mask=mask))
         return x + self.ff(self.norm2(x))
 
 
 class DecoderBlock(EncoderBlock):
-    """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it.
-
-    gated: what the cross-attention adds is multiplied by the tanh of a learnt number that starts at 0, so that at first
-    the model does what it did without a memory (Flamingo, Alayrac et al. 2022).
-    """
+    """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it. gated:
+    what that adds is multiplied by the tanh of a learnt number that starts at 0, so that at first the model does what
+    it did without a memory (Flamingo, Alayrac et al. 2022)."""
 
     def __init__(self, n_embd, n_head, norm="layer", bias=True, cross=False, gated=False, **block):
         super().__init__(n_embd, n_head, norm=norm, bias=bias, **block)
@@ -481,34 +440,31 @@ class DecoderBlock(EncoderBlock):
         return x + self.ff(self.norm2(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. stacks
+# 5. stacks -----------------------------------------------------------------------------------------------------------
 
 
 def init_weights(model):
     """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), which
-    keeps the size of the activations; the projections back into the residual stream 0, so that a block does nothing at
-    first (Goyal et al. 2017, Bachlechner et al. 2020); output layers and embeddings 0.02 (GPT-2), so that all tokens
-    are about equally likely. Convolutions as in He et al. 2015; biases 0; gains 1. A projection behind a gate that
-    starts at 0 does not start at 0 itself: where both factors are 0, neither has a gradient."""
+    keeps the size of activations; projections back into the residual stream 0, so that a block does nothing at first
+    (Goyal et al. 2017, Bachlechner et al. 2020), unless behind a gate that starts at 0: where both factors are 0,
+    neither has a gradient. Output layers and embeddings: 0.02 (GPT-2), so that all tokens are about equally likely.
+    Convolutions as in He et al. 2015; biases 0; gains 1."""
     gated = [block.cross_attn.proj for block in model.modules() if getattr(block, "cross_gate", None) is not None]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             zero = name.endswith("proj") and not any(module is proj for proj in gated)
             std = 0.0 if zero else 0.02 if name.endswith("head") else module.in_features ** -0.5
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, (nn.Embedding, LearnedPositionalEncoding)):
+            nn.init.normal_(next(module.parameters()), std=0.02)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, LearnedPositionalEncoding):
-            nn.init.normal_(module.positions, std=0.02)
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 class TransformerEncoder(nn.Module):
-    """n_layer encoder blocks and a last norm. block: what else EncoderBlock takes."""
+    """n_layer encoder blocks and a last norm: (B, T, C) -> (B, T, C). block: what else EncoderBlock takes."""
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
         super().__init__()
@@ -516,7 +472,6 @@ class TransformerEncoder(nn.Module):
         self.norm = make_norm(norm, n_embd)
 
     def forward(self, x, mask=None):
-        """(B, T, C) -> (B, T, C)"""
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
@@ -546,10 +501,8 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), with pre-norm blocks.
-
-    One embedding serves source, target and (transposed) the output layer, as in section 3.4 of the paper.
-    """
+    """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), with pre-norm blocks. One embedding
+    serves source, target and (transposed) the output layer, as in section 3.4 of the paper."""
 
     def __init__(self, vocab_size, n_layer=6, n_embd=512, n_head=8, max_len=512, pad_id=0, dropout=0.1):
         super().__init__()
@@ -588,15 +541,14 @@ class Transformer(nn.Module):
         with evaluating(self):
             memory, caches = self.encode(source), self.decoder.new_caches(max_new_tokens, source.size(1))
             while out.size(1) <= max_new_tokens and not ended.all():
-                token = self.decode(out[:, -1:], memory, source, caches).argmax(dim=-1)  # (B, 1)
-                token = token.masked_fill(ended, eos_id)
+                logits = self.decode(out[:, -1:], memory, source, caches)  # (B, 1, vocab_size)
+                token = logits.argmax(dim=-1).masked_fill(ended, eos_id)
                 ended |= token == eos_id
                 out = torch.cat((out, token), dim=1)
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. vision
+# 6. vision -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -618,20 +570,15 @@ class ViTConfig:
 
 class PatchEmbedding(nn.Module):
     """Image to tokens: (B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row.
-
     stem="patch": one linear map of each patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of
     stride 2, down to one position per patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"):
-    neighbouring pixels belong together, and with little data it pays to build that in.
-    """
+    neighbouring pixels belong together, and with little data it pays to build that in."""
 
     def __init__(self, patch_size, n_embd, stem="patch"):
         super().__init__()
         self.patch_size = patch_size
-        self.stem = choose({"patch": self.linear_stem, "conv": self.conv_stem}, stem=stem)(patch_size, n_embd)
-
-    @staticmethod
-    def linear_stem(patch_size, n_embd):
-        return nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
+        linear_stem = lambda patch_size, n_embd: nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
+        self.stem = choose({"patch": linear_stem, "conv": self.conv_stem}, stem=stem)(patch_size, n_embd)
 
     @staticmethod
     def conv_stem(patch_size, n_embd):
@@ -672,11 +619,9 @@ class AttentionPooling(nn.Module):
 
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2020). Its class logits come from attention pooling of the patch tokens,
-    instead of from a class token.
-
-    Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised here, by buffers that travel
-    with the weights. Another size than config.image_size works: the positions are interpolated.
-    """
+    instead of from a class token. Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised
+    here, by buffers that travel with the weights. Another size than config.image_size works: the positions are
+    interpolated."""
 
     def __init__(self, config):
         super().__init__()
@@ -689,8 +634,8 @@ class ViT(nn.Module):
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
         self.drop = Dropout(c.dropout)
-        self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
-                                          dropout=c.dropout)
+        self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, c.norm, dropout=c.dropout,
+                                          activation=c.activation)
         self.pool = AttentionPooling(c.n_embd, c.n_head)
         self.head = nn.Linear(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
         init_weights(self)
@@ -707,10 +652,9 @@ class ViT(nn.Module):
 
     def features(self, images):
         """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row."""
-        H, W = images.shape[-2:]
+        H, W = (pixels // self.config.patch_size for pixels in images.shape[-2:])
         x = self.patches((images.float() - self.pixel_mean) / self.pixel_std)
-        x = self._add_positions(x, H // self.config.patch_size, W // self.config.patch_size)
-        return self.encoder(self.drop(x))
+        return self.encoder(self.drop(self._add_positions(x, H, W)))
 
     def forward(self, images, labels=None):
         """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
@@ -722,8 +666,7 @@ class ViT(nn.Module):
                                        label_smoothing=self.config.label_smoothing if self.training else 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. language
+# 7. language ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -765,19 +708,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c = config
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
-        rotary, self.position = None, None
         if c.n_embd % c.n_head:
             raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
         added = choose({"rotary": None, "learned": LearnedPositionalEncoding,
                         "sinusoidal": SinusoidalPositionalEncoding}, positions=c.positions)
-        if added:
-            self.position = added(c.n_embd, c.block_size)
-        else:
-            rotary = RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
+        self.position = added(c.n_embd, c.block_size) if added else None
+        rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
         self.drop = Dropout(c.dropout)
-        self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, norm=c.norm, activation=c.activation,
-                                          dropout=c.dropout, bias=c.bias, rotary=rotary,
-                                          cross_every=c.cross_every, gated=True)
+        self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, activation=c.activation,
+                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=True)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
@@ -798,34 +737,43 @@ class GPT(nn.Module):
         logits = self.head(self.hidden(self.embedding(ids)))
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
-        return logits, loss
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+    def _read_prompt(self, ids, copies, embeddings, memory, memory_mask):
+        """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies, vocab_size)
+        and, for so many rows, caches, memory, and the mask of the last position, which holds for what follows."""
+        caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
+        x = self.embedding(ids) if embeddings is None else embeddings
+        logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
+        rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(copies)
+        for cache in (cache for pair in caches for cache in pair):
+            cache.select(rows)
+        memory = None if memory is None else memory[rows]
+        return logits[rows], caches, memory, None if memory_mask is None else memory_mask[rows, :, -1:]
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
                num_samples=1, embeddings=None, memory=None, memory_mask=None):
         """Yields the next ids, (B * num_samples,), one position at a time; takes what generate() takes.
-
         num_samples: continuations of each prompt, which is read once for all of them. embeddings: (B, T, C), to read
         instead of those of ids. memory, memory_mask: see hidden(); new tokens see what the last of the prompt sees.
-
-        The cache serves as long as the text fits block_size. Then the newer half of it is read again into an empty
-        cache, so that the cost of a token stays bounded; the model forgets what came before that half.
-        """
+        The cache serves as long as the text fits block_size. Then the newer half of it is read again from an empty
+        cache, so that the cost of a token stays bounded; the model forgets what came before that half."""
         block_size = self.config.block_size
-        new_caches = lambda: self.decoder.new_caches(block_size, 0 if memory is None else memory.size(1))
+        columns = list(ids.repeat_interleave(num_samples, dim=0).unbind(dim=1))
+        ended = torch.zeros(len(ids) * num_samples, dtype=torch.bool, device=ids.device)
         with evaluating(self):
-            rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(num_samples)
-            ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
-            columns, caches = list(ids[rows].unbind(dim=1)), new_caches()
-            x = self.embedding(ids[:, -block_size:]) if embeddings is None else embeddings
             for i in range(max_new_tokens):
-                if caches[0][0].length + x.size(1) > block_size:
-                    newer = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
-                    caches, x = new_caches(), self.embedding(newer)
-                logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])  # (B, vocab_size)
                 if i == 0:
-                    logits, memory, memory_mask = self._branch(rows, caches, logits, memory, memory_mask)
+                    logits, caches, memory, memory_mask = self._read_prompt(
+                        ids[:, -block_size:], num_samples, embeddings, memory, memory_mask)
+                else:
+                    x = columns[-1][:, None]  # (B, 1)
+                    if caches[0][0].length == block_size:
+                        x = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
+                        for cache, _ in caches:  # that of the memory stays
+                            cache.length = 0
+                    logits = self.head(self.hidden(self.embedding(x), caches, memory, memory_mask)[:, -1])
                 token = sample_next(logits, temperature, top_k, top_p, generator)
                 if eos_id is not None:
                     token = token.masked_fill(ended, eos_id)
@@ -834,22 +782,10 @@ class GPT(nn.Module):
                 if eos_id is not None and ended.all():
                     return
                 columns.append(token)
-                x = self.embedding(token[:, None])
-
-    @staticmethod
-    def _branch(rows, caches, logits, memory, memory_mask):
-        """After the prompt is read: all of it for these rows (n,), and the mask of its last position for what follows.
-        The same row several times: several continuations."""
-        select_rows(caches, rows)
-        memory = None if memory is None else memory[rows]
-        return logits[rows], memory, None if memory_mask is None else memory_mask[rows, :, -1:]
 
     def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None):
-        """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: prompt and continuation.
-
-        temperature 0 is greedy. With eos_id a row ends at its first eos_id and is filled with it, and generation stops
-        when every row has ended.
-        """
+        """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: prompt and continuation. temperature 0 is greedy. With
+        eos_id a row ends at its first eos_id and is filled with it; generation stops when every row has ended."""
         tokens = list(self.stream(ids, max_new_tokens, temperature, top_k, top_p, eos_id, generator))
         return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1) if tokens else ids
 
@@ -861,24 +797,22 @@ class GPT(nn.Module):
 
         The score is log p / length ** length_penalty, the end counted in the length (0: log p itself, which prefers
         short texts). At each position the best continuations are kept, ended ones among them, as many as there are
-        beams. The search stops when all that are kept have ended. embeddings, memory, memory_mask: as in stream().
-        """
+        beams. The search stops when all that are kept have ended. embeddings, memory, memory_mask: as in stream()."""
         B, device = ids.size(0), ids.device
         first = torch.arange(B, device=device)[:, None] * beams  # (B, 1), the row of each prompt's first beam
         total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam, the others wait
         total[:, 0] = 0.0
         length = torch.zeros(B, beams, dtype=torch.long, device=device)
         ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
-        tokens = ids.new_empty(B, beams, 0)
-        caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
-        x, scores = self.embedding(ids) if embeddings is None else embeddings, total
+        tokens, scores = ids.new_empty(B, beams, 0), total
         with evaluating(self):
             while tokens.size(2) < max_new_tokens and not ended.all():
-                logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1]).float()
-                if tokens.size(2) == 0:  # (B, vocab_size), since the prompt is read once for all beams
-                    rows = torch.arange(B, device=device).repeat_interleave(beams)
-                    logits, memory, memory_mask = self._branch(rows, caches, logits, memory, memory_mask)
-                log_p = logits.log_softmax(dim=-1).view(B, beams, -1).masked_fill(ended[:, :, None], -math.inf)
+                if tokens.size(2) == 0:
+                    logits, caches, memory, memory_mask = self._read_prompt(ids, beams, embeddings, memory, memory_mask)
+                else:
+                    x = self.embedding(token.view(-1, 1))  # (B * beams, 1, C)
+                    logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
+                log_p = logits.float().log_softmax(dim=-1).view(B, beams, -1).masked_fill(ended[:, :, None], -math.inf)
                 log_p[:, :, eos_id] = log_p[:, :, eos_id].masked_fill(ended, 0.0)  # what has ended stays as it is
                 candidates = total[:, :, None] + log_p  # (B, beams, vocab_size)
                 lengths = length + ~ended
@@ -889,16 +823,14 @@ class GPT(nn.Module):
                 tokens = torch.cat((tokens.gather(1, beam[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2)
                 for cache, _ in caches:  # all beams of a prompt have the same memory
                     cache.select((first + beam).flatten())
-                x = self.embedding(token.view(-1, 1))
         return tokens, scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. multimodal
+# 8. multimodal -------------------------------------------------------------------------------------------------------
 
 
 class LinearConnector(nn.Module):
-    """Vision channels to language channels by one matrix (LLaVA, Liu et al. 2023)."""
+    """Vision to language channels by one matrix (LLaVA, Liu et al. 2023): (B, N, n_vision) -> (B, N, n_language)."""
 
     def __init__(self, n_vision, n_language):
         super().__init__()
@@ -910,19 +842,17 @@ class LinearConnector(nn.Module):
         return side * side
 
     def forward(self, x):
-        """(B, N, n_vision) -> (B, N, n_language)"""
         return self.up(x)
 
 
 class MLPConnector(LinearConnector):
-    """The same by two layers (LLaVA-1.5, Liu et al. 2024)."""
+    """The same by two layers (LLaVA-1.5, Liu et al. 2024): (B, N, n_vision) -> (B, N, n_language)."""
 
     def __init__(self, n_vision, n_language):
         super().__init__(n_vision, n_language)
         self.down = nn.Linear(n_language, n_language)
 
     def forward(self, x):
-        """(B, N, n_vision) -> (B, N, n_language)"""
         return self.down(F.gelu(self.up(x)))
 
 
@@ -1019,16 +949,12 @@ class MLLM(nn.Module):
     """ViT -> connector -> GPT.
 
     The ids (B, T) hold placeholders, IMAGE_ID, where images stand; all images of all rows are given in that order. A
-    row may have any number of images. Two fusions:
+    row may have any number of images; without any, the model is the GPT alone. Two fusions:
     - prefix: each placeholder is replaced by one image token, which the GPT reads like a word (LLaVA, Liu et al. 2023).
     - cross (config.gpt.cross_every > 0): one placeholder, a marker, stands for a whole image. Its embedding is the same
       for all images; the image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022). A
       word attends to the images that stand last before it; images that stand side by side count together.
-    Without images the model is the GPT alone.
-
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), so that several texts about one image
-    share them.
-    """
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), which several texts may share."""
 
     def __init__(self, config):
         super().__init__()
@@ -1045,7 +971,8 @@ class MLLM(nn.Module):
 
     def embed(self, images, ids):
         """ids (B, T) -> x (B, T, C), their embeddings with the images'; and the memory of GPT.hidden() and its mask:
-        both None, or (B, Tm, C) and (B, 1, T, Tm), where Tm holds the image tokens of the row with the most images."""
+        (B, Tm, C) and (B, 1, T, Tm), where Tm holds the image tokens of the row with the most images; the mask is None
+        where each position sees all of it, and both are None where there is no cross-attention or no image."""
         tokens = images if images.dim() == 3 else self.encode(images)  # (M, N, C)
         M, N, C = tokens.shape
         is_image = ids == IMAGE_ID  # (B, T)
@@ -1055,23 +982,17 @@ class MLLM(nn.Module):
         if self.marker is None:
             return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
         x = torch.where(is_image[:, :, None], self.marker.weight, x)
-        return (x, *self._memory(tokens, is_image)) if M else (x, None, None)
-
-    @staticmethod
-    def _memory(tokens, is_image):
-        """(M, N, C) image tokens, (B, T) markers -> memory (B, K * N, C), K the most images of a row, and the mask
-        (B, 1, T, K * N) of what each position may attend to; None where that is everything."""
-        (M, N, C), (B, T) = tokens.shape, is_image.shape
+        if M == 0:
+            return x, None, None
         so_far = is_image.cumsum(dim=1)  # (B, T), how many images stand up to here
-        K = int(so_far[:, -1].max())
-        memory = tokens.new_zeros(B, K, N, C)
+        K = int(so_far[:, -1].max())  # the most images of a row
+        memory = tokens.new_zeros(len(ids), K, N, C)
         memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
         starts = is_image & ~F.pad(is_image, (1, -1))  # an image without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first image of the last group
         image = torch.arange(K, device=tokens.device)
         mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
-        mask = None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
-        return memory.view(B, K * N, C), mask
+        return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
 
     def hidden(self, images, ids):
         """(B, T, C), ready for the GPT's head"""
@@ -1116,11 +1037,8 @@ class MLLM(nn.Module):
     def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None,
                  beams=1, length_penalty=1.0, num_captions=1):
         """What the model writes after ids: (B * num_captions, T) new ids, prompt by prompt, each row filled with eos_id
-        after its end.
-
-        ids: (B, T) prompts with placeholders; None asks for a caption of each image. Greedy unless temperature > 0
-        (samples) or beams > 1 (the best num_captions of them, best first; see GPT.beam_search()).
-        """
+        after its end. ids: (B, T) prompts with placeholders; None asks for a caption of each image. Greedy unless
+        temperature > 0 (samples) or beams > 1 (the best num_captions of them, best first; see GPT.beam_search())."""
         if num_captions > 1 and not temperature and beams < num_captions:
             raise ValueError(f"num_captions={num_captions} needs as many beams, or samples (temperature above 0)")
         c = self.config
@@ -1141,13 +1059,10 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def attention_to_images(self, images, ids):
         """How much the model attends to each part of an image when it writes the token after each of ids (B, T).
-
         images: (B, 3, H, W), one per row. Returns (B, T, n), the mean over layers and heads, of sum 1. n is the number
-        of image tokens, row by row of their grid; with an abstractor, whose tokens have no place, that of patches.
-        """
+        of image tokens, row by row of their grid; with an abstractor, whose tokens have no place, that of patches."""
         blocks, is_image = self.gpt.decoder.blocks, ids == IMAGE_ID
-        layers = [block.cross_attn if self.config.gpt.cross_every else block.attn for block in blocks]
-        layers = [attn for attn in layers if attn is not None]
+        layers = [b.cross_attn for b in blocks if b.cross_attn is not None] or [b.attn for b in blocks]
         pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
         try:
             for attn in layers + pools:
@@ -1186,9 +1101,7 @@ class CLIPConfig:
 
 class CLIP(nn.Module):
     """A ViT and a text encoder that map a photo and its caption to nearby vectors of one space (Radford et al. 2021).
-
-    Unlike the paper's, the text encoder reads a text in both directions, and a text's vector is the mean of its tokens.
-    """
+    Unlike the paper's, the text encoder reads both ways, and a text's vector is the mean of its tokens."""
 
     def __init__(self, config):
         super().__init__()
