@@ -88,8 +88,8 @@ length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
 num_captions = 1  # with image: captions of each
 
-SCORES = ("cider", "beam_cider", "beam_bleu4", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length", "broken",
-          "distinct", "all_right")
+SCORES = ("cider", "cider_others", "beam_cider", "beam_bleu4", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length",
+          "broken", "distinct", "all_right")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data: a sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text}, ...]} with
@@ -244,8 +244,12 @@ def evaluate(model, data, split, **decoding):
 
 
 def evaluate_both(model, data, split, beams, length_penalty):
-    """(scores, captions) of evaluate(), greedy; with beam_cider and beam_bleu4, the scores of a beam search."""
+    """(scores, captions) of evaluate(), greedy; with beam_cider and beam_bleu4, the scores of a beam search, and
+    cider_others, against all references but the first, as people are scored."""
     scores, captions = evaluate(model, data, split)
+    others = [answers(group)[1:] for group in data["splits"][split]]
+    if all(others):
+        scores["cider_others"] = 100 * cider(captions, others)[0]
     if beams > 1:
         by_beams, _ = evaluate(model, data, split, beams=beams, length_penalty=length_penalty)
         scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
@@ -331,8 +335,7 @@ def words_and_places(model, tokenizer, pixels, caption):
     prompt = model.caption_prompt(model.encode(pixels))
     room = model.config.gpt.block_size + 1 - prompt.size(1)
     ids = torch.tensor(tokenizer.encode(caption)[:room], dtype=torch.long, device=prompt.device)
-    seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))
-    seen = seen[0, prompt.size(1) - 1:]  # (T, n)
+    seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]
     starts = [i for i, token in enumerate(ids.tolist()) if i == 0 or tokenizer.decode([token]).startswith(" ")]
     spans = [slice(*pair) for pair in zip(starts, [*starts[1:], len(ids)])]
     words = [tokenizer.decode(ids[span].tolist()).strip() for span in spans]
@@ -346,11 +349,11 @@ def caption_files(model, checkpoint, settings):
     (photos, broken), each = open_images(settings["image"]), settings["num_captions"]
     inputs = torch.stack([to_pixels(photo, checkpoint["image_transform"]["size"]) for _, photo in photos])
     prompts = [caption_sample(i) for i in range(len(photos))]
-    decoding = {name: settings[name] for name in ("num_captions", "temperature", "length_penalty")}
-    decoding |= {"beams": max(settings["beams"], each),
-                 "generator": torch.Generator(config.device_of(model)).manual_seed(settings["seed"])}
-    captions, _, ids = write_answers(model, inputs, tokenizer, prompts, **decoding)
-    dev, log_probs = ids.device, []
+    dev, log_probs = config.device_of(model), []
+    captions, _, ids = write_answers(
+        model, inputs, tokenizer, prompts, beams=max(settings["beams"], each), num_captions=each,
+        length_penalty=settings["length_penalty"], temperature=settings["temperature"],
+        generator=torch.Generator(dev).manual_seed(settings["seed"]))
     with torch.no_grad(), evaluating(model), config.autocast(model):
         for some, written in zip(inputs.split(50), ids.split(50 * each)):
             tokens = model.encode(some.to(dev)).repeat_interleave(each, dim=0)
@@ -371,30 +374,31 @@ def caption_files(model, checkpoint, settings):
 
 
 def print_baselines(model, data, split):
-    """A table of what people, the nearest training photos' captions and the model (or None) score on a split."""
+    """A table of what people, the nearest training photos' captions and the model (or None) score on a split, all
+    against the references but the first, which is the caption of the people."""
     texts = {group[0]["images"][0]: answers(group) for groups in data["splits"].values() for group in groups}
     train, photos = ([group[0]["images"][0] for group in data["splits"][name]] for name in ("train", split))
-    if min(len(texts[p]) for p in photos) < 2:
+    captions, others = {"people": [texts[p][0] for p in photos]}, [texts[p][1:] for p in photos]
+    if not all(others):
         config.fail("to compare people with each other takes two captions of each photo")
-    captions = {"people, the first caption of each photo": [texts[p][0] for p in photos],
-                "nearest training photos": nearest_captions(data["images"], texts, train, photos)}
+    captions["nearest training photos"] = nearest_captions(data["images"], texts, train, photos)
     if model:
-        captions["the model, greedy"] = evaluate(model, data, split)[1]
-    print(f"{split:<60}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
-    for name, first in (("its other captions", 1), ("all its captions", 0)):
-        for who, said in list(captions.items())[not first:]:  # a person's caption is not compared with itself
-            references = [texts[p][first:] for p in photos]
-            values = [100 * value for value in (cider(said, references)[0], *bleu(said, references))]
-            print(f"{who + ', against ' + name:<60}" + "".join(f"{value:>8.1f}" for value in values))
+        captions["this model, greedy"] = evaluate(model, data, split)[1]
+    print(f"{split:<24}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
+    for name, said in captions.items():
+        values = 100 * np.array([cider(said, others)[0], *bleu(said, others)])
+        print(f"{name:<24}" + "".join(f"{value:>8.1f}" for value in values))
 
 
 def use(path, stage, settings):
-    """What --image or --eval_only asks of the captioner at path; settings: of this stage or of scst.py."""
+    """What --image, --eval_only or --baselines asks of the captioner at path; settings: of this stage or scst.py."""
     model, checkpoint = load_captioner(path, stage, settings["device"], settings["dtype"])
     if settings["image"]:
         return caption_files(model, checkpoint, settings)
-    split = settings["eval_split"]
-    scores, _ = evaluate_both(model, data_of(checkpoint), split, settings["beams"], settings["length_penalty"])
+    data, split = data_of(checkpoint), settings["eval_split"]
+    if not settings["eval_only"]:
+        return print_baselines(model, data, split)
+    scores, _ = evaluate_both(model, data, split, settings["beams"], settings["length_penalty"])
     print(f"{path}, step {checkpoint['step']}, {split}: "
           + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
@@ -460,11 +464,8 @@ def train(model, data, phase, settings, resumed, before):
 @config.one_line_errors
 def main(argv=None):
     settings, out = config.override(globals(), argv), Path(out_dir)
-    if image or eval_only:
+    if image or eval_only or baselines and (out / "sft.pt").is_file():
         return use(out / "sft.pt", "mllm", settings)
-    if baselines and (out / "sft.pt").is_file():
-        model, checkpoint = load_captioner(out / "sft.pt", "mllm", device, dtype)
-        return print_baselines(model, data_of(checkpoint), eval_split)
     data = load_samples(dataset, image_size, n_drawn)
     if baselines:
         return print_baselines(None, data, eval_split)
@@ -493,8 +494,7 @@ def main(argv=None):
     scores, _ = evaluate_both(model, data, "test", beams, length_penalty)
     run.log({}, file_only={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-    print(f"shuffled images: CIDEr {scores['shuffled']:.2f} against other photos' references, "
-          f"{scores['cider']:.2f} against their own")
+    print(f"CIDEr {scores['shuffled']:.2f} against other photos' references, {scores['cider']:.2f} against their own")
     if "all_right" in scores:
         print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
     print(f"best validation {'share all right' if data['drawn'] else 'CIDEr'} {run.best:.2f} after "

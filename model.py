@@ -39,7 +39,6 @@ def choose(table, **choice):
 
 # 1. tokenizers -------------------------------------------------------------------------------------------------------
 
-
 class CharTokenizer:
     """One id per character. The vocabulary is the set of characters of the text that it is made from, sorted."""
 
@@ -166,7 +165,6 @@ def tokenizer_from_state(state):
 
 # 2. attention --------------------------------------------------------------------------------------------------------
 
-
 def padding_mask(ids, pad_id):
     """(B, T) ids -> (B, 1, 1, T) mask, True at the tokens that are not padding."""
     return (ids != pad_id)[:, None, None, :]
@@ -178,9 +176,8 @@ def causal_mask(Tq, Tk, device=None):
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
-    """softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017). q: (..., Tq,
-    head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk). Returns the output (..., Tq,
-    head_dim) and the weights (..., Tq, Tk) before dropout."""
+    """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, equation 1). q: (..., Tq, head_dim), k, v: (..., Tk,
+    head_dim), mask: (..., Tq, Tk). Returns the output, shaped as q, and the weights (..., Tq, Tk) before dropout."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., Tq, Tk)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN where a row sees nothing
@@ -288,11 +285,9 @@ class MultiHeadAttention(nn.Module):
 
 # 3. layers -----------------------------------------------------------------------------------------------------------
 
-
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) over the channels, then a gain and a shift (Ba et al. 2016). Run by torch's
-    kernel, which reads x once: written out, as RMSNorm below, it is the same to rounding (tested), but a small ViT's
-    training step is then a fifth longer on a CPU."""
+    kernel: written out, as RMSNorm below, a small ViT's training step is a fifth longer on a CPU."""
 
     def __init__(self, n_embd, eps=1e-5):
         super().__init__()
@@ -330,9 +325,8 @@ def evaluating(model):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share p of x's elements in training and scales the others by 1 / (1 - p) (Srivastava et al. 2014). p is
-    rounded to 256ths: one random byte decides on an element, and eight are drawn at a time. On CPUs F.dropout spends
-    longer on its random numbers than most layers on their work."""
+    """Zeroes a share p of x in training and scales the rest by 1 / (1 - p) (Srivastava et al. 2014). p is rounded to
+    256ths: one random byte decides on an element, eight are drawn at once; F.dropout's numbers are slow on CPUs."""
 
     def __init__(self, p):
         super().__init__()
@@ -402,7 +396,6 @@ class LearnedPositionalEncoding(nn.Module):
 # adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU, drawing random
 # numbers for those takes longer than the attention itself.
 
-
 class EncoderBlock(nn.Module):
     """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
@@ -420,8 +413,7 @@ class EncoderBlock(nn.Module):
 
 class DecoderBlock(EncoderBlock):
     """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it. gated:
-    what that adds is multiplied by the tanh of a learnt number that starts at 0, so that at first the model does what
-    it did without a memory (Flamingo, Alayrac et al. 2022)."""
+    what that adds is times the tanh of a learnt number, 0 at first: as without memory (Flamingo, Alayrac et al. 2022)."""
 
     def __init__(self, n_embd, n_head, norm="layer", bias=True, cross=False, gated=False, **block):
         super().__init__(n_embd, n_head, norm=norm, bias=bias, **block)
@@ -430,8 +422,7 @@ class DecoderBlock(EncoderBlock):
         self.cross_gate = nn.Parameter(torch.zeros(1)) if cross and gated else None
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None):
-        """x: (B, T, C); memory: (B, Tm, C) for the cross-attention, which is left out without one; cache: (KVCache of
-        self-, KVCache of cross-attention)."""
+        """x: (B, T, C); memory: (B, Tm, C) or None: no cross-attention; cache: KVCache of self- and of cross-attn."""
         self_cache, cross_cache = cache or (None, None)
         x = x + self.drop(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache))
         if self.cross_attn is not None and memory is not None:
@@ -441,7 +432,6 @@ class DecoderBlock(EncoderBlock):
 
 
 # 5. stacks -----------------------------------------------------------------------------------------------------------
-
 
 def init_weights(model):
     """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), which
@@ -490,8 +480,7 @@ class TransformerDecoder(nn.Module):
         self.norm = make_norm(norm, n_embd)
 
     def new_caches(self, max_len, memory_len=0):
-        """Empty caches for max_len positions, for forward(caches=...)."""
-        return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]
+        return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]  # empty, for forward(caches=...)
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None):
         """(B, T, C) -> (B, T, C); mask: in addition to the causal one, such as padding_mask(ids, pad_id)."""
@@ -550,7 +539,6 @@ class Transformer(nn.Module):
 
 # 6. vision -----------------------------------------------------------------------------------------------------------
 
-
 @dataclass
 class ViTConfig:
     image_size: int = 64
@@ -569,10 +557,9 @@ class ViTConfig:
 
 
 class PatchEmbedding(nn.Module):
-    """Image to tokens: (B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row.
-    stem="patch": one linear map of each patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of
-    stride 2, down to one position per patch (Xiao et al. 2021, "Early Convolutions Help Transformers See Better"):
-    neighbouring pixels belong together, and with little data it pays to build that in."""
+    """(B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row. stem="patch": one linear map of each
+    patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of stride 2, down to one place per patch
+    (Xiao et al. 2021): neighbouring pixels belong together, and with little data it pays to build that in."""
 
     def __init__(self, patch_size, n_embd, stem="patch"):
         super().__init__()
@@ -619,9 +606,8 @@ class AttentionPooling(nn.Module):
 
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2020). Its class logits come from attention pooling of the patch tokens,
-    instead of from a class token. Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W); they are normalised
-    here, by buffers that travel with the weights. Another size than config.image_size works: the positions are
-    interpolated."""
+    not from a class token. Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W), normalised here by buffers
+    that travel with the weights. Another size than config.image_size works: the positions are interpolated."""
 
     def __init__(self, config):
         super().__init__()
@@ -657,8 +643,7 @@ class ViT(nn.Module):
         return self.encoder(self.drop(self._add_positions(x, H, W)))
 
     def forward(self, images, labels=None):
-        """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
-        ignored, or (B, n_classes) shares of the classes."""
+        """-> (B, n_classes) logits, loss or None. labels: (B,) classes, -1 = ignored, or (B, n_classes) shares."""
         logits = self.head(self.pool(self.features(images)))
         if labels is None:
             return logits, None
@@ -667,7 +652,6 @@ class ViT(nn.Module):
 
 
 # 7. language ---------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class GPTConfig:
@@ -802,8 +786,7 @@ class GPT(nn.Module):
         first = torch.arange(B, device=device)[:, None] * beams  # (B, 1), the row of each prompt's first beam
         total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam, the others wait
         total[:, 0] = 0.0
-        length = torch.zeros(B, beams, dtype=torch.long, device=device)
-        ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
+        length, ended = torch.zeros_like(total, dtype=torch.long), torch.zeros_like(total, dtype=torch.bool)
         tokens, scores = ids.new_empty(B, beams, 0), total
         with evaluating(self):
             while tokens.size(2) < max_new_tokens and not ended.all():
@@ -827,7 +810,6 @@ class GPT(nn.Module):
 
 
 # 8. multimodal -------------------------------------------------------------------------------------------------------
-
 
 class LinearConnector(nn.Module):
     """Vision to language channels by one matrix (LLaVA, Liu et al. 2023): (B, N, n_vision) -> (B, N, n_language)."""
@@ -881,9 +863,8 @@ class PixelShuffleConnector(nn.Module):
 
 
 class AbstractorConnector(nn.Module):
-    """A fixed number of image tokens for any number of patches: convolutions over the grid of patches, which keep the
-    places (C-Abstractor of Honeybee, Cha et al. 2024), then cross-attention from learnt queries instead of its pooling
-    (the resampler of Flamingo, Alayrac et al. 2022)."""
+    """A fixed number of image tokens for any grid of patches: convolutions (C-Abstractor of Honeybee, Cha et al. 2024),
+    then cross-attention from learnt queries instead of its pooling (Flamingo's resampler, Alayrac et al. 2022)."""
 
     n_queries = 16
 
@@ -904,8 +885,7 @@ class AbstractorConnector(nn.Module):
     def forward(self, x):
         """(B, N, n_vision), a square grid -> (B, n_queries, n_language)"""
         B, N, C = x.shape
-        side = math.isqrt(N)
-        grid = x.transpose(1, 2).view(B, C, side, side)
+        grid = x.transpose(1, 2).view(B, C, math.isqrt(N), math.isqrt(N))  # (B, C, side, side)
         for conv in self.convs:
             grid = grid + conv(grid)
         memory = self.norm2(grid.flatten(2).transpose(1, 2))  # (B, C, side, side) -> (B, N, C)
@@ -930,8 +910,7 @@ class MLLMConfig:
 
     @classmethod
     def from_dict(cls, d):
-        """From dataclasses.asdict(config)."""
-        return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})
+        return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})  # d: dataclasses.asdict(config)
 
     def n_image_tokens(self, image_size):
         """How many tokens an image of image_size x image_size pixels becomes; ValueError if patches do not fit it."""
@@ -971,8 +950,7 @@ class MLLM(nn.Module):
 
     def embed(self, images, ids):
         """ids (B, T) -> x (B, T, C), their embeddings with the images'; and the memory of GPT.hidden() and its mask:
-        (B, Tm, C) and (B, 1, T, Tm), where Tm holds the image tokens of the row with the most images; the mask is None
-        where each position sees all of it, and both are None where there is no cross-attention or no image."""
+        (B, Tm, C), Tm the image tokens of the row with most images, and (B, 1, T, Tm); None where there is none."""
         tokens = images if images.dim() == 3 else self.encode(images)  # (M, N, C)
         M, N, C = tokens.shape
         is_image = ids == IMAGE_ID  # (B, T)
@@ -995,9 +973,8 @@ class MLLM(nn.Module):
         return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
 
     def hidden(self, images, ids):
-        """(B, T, C), ready for the GPT's head"""
         x, memory, memory_mask = self.embed(images, ids)
-        return self.gpt.hidden(x, memory=memory, memory_mask=memory_mask)
+        return self.gpt.hidden(x, memory=memory, memory_mask=memory_mask)  # (B, T, C), ready for the GPT's head
 
     def caption_prompt(self, tokens):
         """(B, N, C) image tokens -> (B, T) ids that ask for a caption of each image: its placeholders, then bos."""
@@ -1007,15 +984,13 @@ class MLLM(nn.Module):
         return ids
 
     def _scored_logits(self, x, targets):
-        """(B, T, C), (B, T) targets -> the (n, vocab_size) logits where there is a target, and where that is in the
-        flattened targets. The rows are padded to a multiple of 256: CPUs prepare a product anew for each new size."""
+        """(B, T, C), (B, T) targets -> (n, vocab_size) logits where there is a target, and these n flat places."""
         where = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        padded = F.pad(where, (0, -len(where) % 256))
+        padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a product anew for each new size
         return self.gpt.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
 
     def forward(self, images, ids, targets=None, label_smoothing=0.0):
-        """ids, targets: (B, T), -1 = ignored. Returns (B, T, vocab_size) logits and None; with targets None and the
-        loss, since the output layer then runs only where there is a target."""
+        """(B, T) ids -> (B, T, vocab_size) logits, None; with targets (B, T), -1 = ignored: None, loss (no logits)."""
         x = self.hidden(images, ids)
         if targets is None:
             return self.gpt.head(x), None
@@ -1023,8 +998,7 @@ class MLLM(nn.Module):
         return None, F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
 
     def log_probs(self, images, ids, mask=None):
-        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, at placeholders, and where the (B,
-        T) mask is False."""
+        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask."""
         wanted = ids != IMAGE_ID if mask is None else mask & (ids != IMAGE_ID)
         targets = ids.masked_fill(~wanted, IGNORE_INDEX)[:, 1:]  # (B, T - 1)
         x, memory, memory_mask = self.embed(images, ids)
@@ -1095,8 +1069,7 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, d):
-        """From dataclasses.asdict(config)."""
-        return cls(**{**d, "vit": ViTConfig(**d["vit"])})
+        return cls(**{**d, "vit": ViTConfig(**d["vit"])})  # d: dataclasses.asdict(config)
 
 
 class CLIP(nn.Module):
@@ -1132,10 +1105,8 @@ class CLIP(nn.Module):
         return self.log_scale.exp().clamp(max=100.0) * images @ texts.T
 
     def loss(self, images, texts):
-        """(B, d) unit vectors of photos and of their texts -> the mean of two cross-entropies: of each photo's text
-        among all texts, and of each text's photo among all photos."""
-        logits = self.logits(images, texts)  # (B, B)
-        pairs = torch.arange(len(logits), device=logits.device)
+        """(B, d) unit vectors of photos and texts -> mean cross-entropy of picking each by the other, among all."""
+        logits, pairs = self.logits(images, texts), torch.arange(len(images), device=images.device)  # (B, B), (B,)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
     def forward(self, images, ids):

@@ -72,7 +72,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct", "all_right")
+TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reward
@@ -230,12 +230,12 @@ def main(argv=None):
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
     shown, ciders, captions = data["splits"]["test"][:12], [], []
-    print(f"{'':<13}" + "".join(f"{name:>11}" for name in TABLE))
+    print(f"{'':<13}" + "".join(f"{name:>13}" for name in TABLE))
     for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
         for split in ("val", "test"):
             scores, said = mllm.evaluate_both(model, data, split, beams, length_penalty)
-            print(f"{when:<7}{split:<6}" + "".join(f"{scores.get(name, np.nan):>11.2f}" for name in TABLE))
+            print(f"{when:<7}{split:<6}" + "".join(f"{scores.get(name, np.nan):>13.2f}" for name in TABLE))
             if split == "val":
                 ciders.append(scores["cider"])
         run.log({}, file_only={f"{when}_test_{name}": value for name, value in scores.items()})

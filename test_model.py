@@ -1474,7 +1474,7 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8",
                    "--vit_head=2", "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True",
                    "--crop=0.8")
-        assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled images" in said
+        assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "against other photos'" in said
         raises(SystemExit, "holds a run on mine, this one is on shakespeare; give it --out_dir=out/lm_shakespeare",
                config.set_aside, Path("out/lm"), "shakespeare")
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
@@ -1728,7 +1728,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         assert run(mllm, *TOY[mllm], "--image=photo.png", *sampled).count("photo.png: ") == 3
         check_bad_images(mllm)
         table = run(mllm, "--baselines=True", "--device=cpu", "--out_dir=out/mllm")  # on the data of that run
-        assert all(table.count(name) == n for name, n in (("people", 1), ("nearest", 2), ("the model", 2)))
+        assert all(name in table for name in ("people", "nearest training photos", "this model"))
         crossed = (*TOY[mllm], "--fusion=cross", "--connector=abstractor", "--gpt_layer=2", "--cross_every=2")
         run(mllm, *crossed, "--out_dir=out/crossed")
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
