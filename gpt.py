@@ -103,8 +103,7 @@ def evaluate(model, ids, batch_size):
 def write_texts(model, tokenizer, text, n, echo=False):
     """n continuations of text, written in parallel: a list of str, each with its beginning, and the tokens per second.
     echo: print the first while it is written."""
-    with config.one_line(ValueError):  # a character that the model does not know
-        ids = ([tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []) + tokenizer.encode(text)
+    ids = ([tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []) + tokenizer.encode(text)
     columns, pending, start, dev = [], [], time.perf_counter(), config.device_of(model)
     with config.autocast(model):
         for column in model.stream(torch.tensor([ids] * n, device=dev), max_new_tokens, temperature, top_k, top_p,
@@ -145,8 +144,7 @@ def main(argv=None):
         return
 
     (train_ids, state), (val_ids, _) = load_split("train"), load_split("val")
-    with config.one_line(ValueError):  # a tokenizer of an older version
-        train_ids, tokenizer = train_ids.to(dev), tokenizer_from_state(state)
+    train_ids, tokenizer = train_ids.to(dev), tokenizer_from_state(state)
     if len(train_ids) <= block_size or len(val_ids) < 2:
         config.fail(f"data/{dataset} is too small for windows of block_size={block_size} tokens")
     config.check_batch(batch_size, accumulation)
@@ -154,8 +152,7 @@ def main(argv=None):
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
                              positions, tie_weights=tie_weights)
-    with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
-        model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config)
+    model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     run = config.Run("gpt", settings, dataset, model, optimizers, ["train", "val"], resumed)

@@ -117,10 +117,8 @@ def load_samples(dataset, image_size, n_drawn):
         tokenizer = BPETokenizer.train((c for i in splits["train"] for c in captions[i]), 400)
         names = [f"drawn image {i}" for i in order]
     else:
-        images, table, state = load_photos(dataset, image_size)
+        images, table, tokenizer = load_photos(dataset, image_size)
         names, captions, splits = table["names"], table["captions"], table["splits"]
-        with config.one_line(ValueError):  # a tokenizer of an older version
-            images, tokenizer = np.array(images), tokenizer_from_state(state)
     groups = {split: [[caption_sample(i, c) for c in captions[i]] for i in rows] for split, rows in splits.items()}
     return {"images": torch.from_numpy(images), "names": names, "drawn": dataset == "shapes", "tokenizer": tokenizer,
             "splits": groups}
@@ -177,8 +175,7 @@ def get_batch(model, data, samples):
     return images, which.to(dev), inputs.to(dev), targets.to(dev)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -263,8 +260,7 @@ def draw_captions(path, data, groups, texts):
     save_grid(path, images, [text + human for text, human in zip(texts, humans)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
+# ---- the model ------------------------------------------------------------------------------------------------------
 
 
 def build_model(tokenizer):
@@ -284,10 +280,9 @@ def build_model(tokenizer):
             config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
     if fusion == "cross":
         gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every)
-    with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
-        sizes = MLLMConfig(vit_config, gpt_config, connector)
-        room = dataclasses.replace(gpt_config, block_size=sizes.n_placeholders(image_size) + max_tokens)
-        model = MLLM(dataclasses.replace(sizes, gpt=room))
+    sizes = MLLMConfig(vit_config, gpt_config, connector)
+    room = dataclasses.replace(gpt_config, block_size=sizes.n_placeholders(image_size) + max_tokens)
+    model = MLLM(dataclasses.replace(sizes, gpt=room))
     if vit_ckpt:  # of a classifier, or the ViT of CLIP; without its pooling and output layer
         prefix = "vit." if "vit" in vit["config"] else ""
         weights = {name.removeprefix(prefix): w for name, w in vit["model"].items() if name.startswith(prefix)}
@@ -309,8 +304,7 @@ def freeze(model, phase):
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# using a captioner
+# ---- using a captioner ----------------------------------------------------------------------------------------------
 
 
 def load_captioner(path, stage, device, dtype):
@@ -403,8 +397,7 @@ def use(path, stage, settings):
           + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def train(model, data, phase, settings, resumed, before):

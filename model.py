@@ -29,11 +29,15 @@ IGNORE_INDEX = -1  # a target that no loss counts
 IMAGE_ID = -200  # the placeholder of an image in the ids: no token of any vocabulary, so that no GPT can write it
 
 
+class SettingError(ValueError):
+    """A setting, a text or a file that cannot be used. The stages print its message alone, without a traceback."""
+
+
 def choose(table, **choice):
-    """choose({"a": A, "b": B}, kind="a") -> A; ValueError names the kinds that there are."""
+    """choose({"a": A, "b": B}, kind="a") -> A; SettingError names the kinds that there are."""
     (kind, name), = choice.items()
     if name not in table:
-        raise ValueError(f"{kind} {name!r}: {', '.join(table)}")
+        raise SettingError(f"{kind} {name!r}: {', '.join(table)}")
     return table[name]
 
 
@@ -48,10 +52,10 @@ class CharTokenizer:
         self.vocab_size = len(self.chars)
 
     def encode(self, text):
-        """str -> list of ids; ValueError names a character that the vocabulary lacks."""
+        """str -> list of ids; SettingError names a character that the vocabulary lacks."""
         unknown = next((c for c in text if c not in self.ids), None)
         if unknown is not None:
-            raise ValueError(f"the character {unknown!r} is not in the vocabulary of this model")
+            raise SettingError(f"the character {unknown!r} is not in the vocabulary of this model")
         return [self.ids[c] for c in text]
 
     def decode(self, ids):
@@ -89,7 +93,7 @@ class BPETokenizer:
     def train(cls, texts, vocab_size):
         """Learn merges from an iterable of str until vocab_size ids exist, or no pair occurs twice."""
         if vocab_size < cls.n_special + 256:
-            raise ValueError(f"vocab_size must be at least {cls.n_special + 256}: the special ids and every byte")
+            raise SettingError(f"vocab_size must be at least {cls.n_special + 256}: the special ids and every byte")
         count = Counter(piece for text in texts for piece in cls.pieces.findall(text))
         words = [([cls.n_special + b for b in piece.encode("utf-8", "surrogatepass")], n) for piece, n in count.items()]
         pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
@@ -159,7 +163,7 @@ class BPETokenizer:
 
 
 def tokenizer_from_state(state):
-    """The tokenizer whose state() this is. ValueError for a kind that this version does not know."""
+    """The tokenizer whose state() this is. SettingError for a kind that this version does not know."""
     return choose({"char": CharTokenizer, "byte_bpe": BPETokenizer}, tokenizer=state["kind"]).from_state(state)
 
 
@@ -176,8 +180,11 @@ def causal_mask(Tq, Tk, device=None):
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
-    """softmax(q k^T / sqrt(head_dim)) v (Vaswani et al. 2017, equation 1). q: (..., Tq, head_dim), k, v: (..., Tk,
-    head_dim), mask: (..., Tq, Tk). Returns the output, shaped as q, and the weights (..., Tq, Tk) before dropout."""
+    """softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017).
+
+    q: (..., Tq, head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk).
+    Returns the output (..., Tq, head_dim) and the weights (..., Tq, Tk) before dropout.
+    """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., Tq, Tk)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN where a row sees nothing
@@ -216,15 +223,14 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim, max_len, base=10000.0):
         super().__init__()
         if head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
+            raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
         angles = torch.outer(torch.arange(max_len).float(), base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
         self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
 
     def forward(self, x, start=0):
         """x: (B, n_head, T, head_dim) at the positions start, start + 1, ..."""
-        T = x.size(-2)
-        cos, sin = self.cos[start:start + T].to(x.dtype), self.sin[start:start + T].to(x.dtype)
+        cos, sin = (table[start:start + x.size(-2)].to(x.dtype) for table in (self.cos, self.sin))  # (T, head_dim)
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -239,7 +245,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, n_embd, n_head, bias=True, rotary=None, fused=True):
         super().__init__()
         if n_embd % n_head:
-            raise ValueError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
+            raise SettingError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
         self.n_head, self.rotary, self.fused = n_head, rotary, fused
         self.keep_weights, self.attn_weights = False, None
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # the three projections in one matrix product
@@ -350,14 +356,13 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": swiglu}  # of 2017; Hen
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, applied to each position alone: (B, T, C) -> (B, T, C). With
-    swiglu, n_hidden is cut to two thirds, which keeps the number of weights."""
+    """(B, T, C) -> (B, T, C): two linear layers with an activation between them, applied to each position alone."""
 
     def __init__(self, n_embd, n_hidden=None, activation="gelu", dropout=0.0, bias=True):
         super().__init__()
         self.activation, n_hidden = choose(ACTIVATIONS, activation=activation), n_hidden or 4 * n_embd
         if activation == "swiglu":
-            n_hidden = round(n_hidden * 2 / 3 / 8) * 8  # a multiple of 8 suits the hardware
+            n_hidden = round(n_hidden * 2 / 3 / 8) * 8  # keeps the number of weights; 8 suits the hardware
         self.up = nn.Linear(n_embd, 2 * n_hidden if activation == "swiglu" else n_hidden, bias=bias)
         self.proj = nn.Linear(n_hidden, n_embd, bias=bias)
         self.drop = Dropout(dropout)
@@ -412,8 +417,11 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(EncoderBlock):
-    """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it. gated:
-    what that adds is times the tanh of a learnt number, 0 at first: as without memory (Flamingo, Alayrac et al. 2022)."""
+    """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it.
+
+    gated: what the cross-attention adds is multiplied by the tanh of a learnt number that starts at 0, so that at first
+    the model does what it did without a memory (Flamingo, Alayrac et al. 2022).
+    """
 
     def __init__(self, n_embd, n_head, norm="layer", bias=True, cross=False, gated=False, **block):
         super().__init__(n_embd, n_head, norm=norm, bias=bias, **block)
@@ -468,13 +476,12 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """n_layer decoder blocks and a last norm; always causal. cross_every: every so many-th block has cross-attention;
-    0: none. block: what else DecoderBlock takes."""
+    """n_layer decoder blocks, a last norm. cross_every: each so many-th has cross-attention. block: as DecoderBlock."""
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
         super().__init__()
         if cross_every > n_layer:
-            raise ValueError(f"cross_every={cross_every}: no block of n_layer={n_layer} would have cross-attention")
+            raise SettingError(f"cross_every={cross_every}: no block of n_layer={n_layer} would have cross-attention")
         has_cross = [cross_every > 0 and (i + 1) % cross_every == 0 for i in range(n_layer)]
         self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, cross=has, **block) for has in has_cross)
         self.norm = make_norm(norm, n_embd)
@@ -490,8 +497,7 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The encoder-decoder of "Attention Is All You Need" (Vaswani et al. 2017), with pre-norm blocks. One embedding
-    serves source, target and (transposed) the output layer, as in section 3.4 of the paper."""
+    """The encoder-decoder of Vaswani et al. 2017, pre-norm. One embedding for source, target, output (section 3.4)."""
 
     def __init__(self, vocab_size, n_layer=6, n_embd=512, n_head=8, max_len=512, pad_id=0, dropout=0.1):
         super().__init__()
@@ -570,7 +576,7 @@ class PatchEmbedding(nn.Module):
     @staticmethod
     def conv_stem(patch_size, n_embd):
         if patch_size < 2 or patch_size & (patch_size - 1):
-            raise ValueError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
+            raise SettingError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
         unit = lambda a, b, stride: [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(1, b), nn.ReLU()]
         halvings = patch_size.bit_length() - 1
         widths = [3, n_embd // 4, *[3 * n_embd // 8] * (halvings - 2)] if halvings > 1 else [3]  # such as 3, 32, 48
@@ -615,7 +621,7 @@ class ViT(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(1, 3, 1, 1))
         if c.image_size % c.patch_size:
-            raise ValueError(f"image_size={c.image_size} is not a multiple of patch_size={c.patch_size}")
+            raise SettingError(f"image_size={c.image_size} is not a multiple of patch_size={c.patch_size}")
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
@@ -643,7 +649,8 @@ class ViT(nn.Module):
         return self.encoder(self.drop(self._add_positions(x, H, W)))
 
     def forward(self, images, labels=None):
-        """-> (B, n_classes) logits, loss or None. labels: (B,) classes, -1 = ignored, or (B, n_classes) shares."""
+        """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
+        ignored, or (B, n_classes) probabilities."""
         logits = self.head(self.pool(self.features(images)))
         if labels is None:
             return logits, None
@@ -693,7 +700,7 @@ class GPT(nn.Module):
         self.config = c = config
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
         if c.n_embd % c.n_head:
-            raise ValueError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
+            raise SettingError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
         added = choose({"rotary": None, "learned": LearnedPositionalEncoding,
                         "sinusoidal": SinusoidalPositionalEncoding}, positions=c.positions)
         self.position = added(c.n_embd, c.block_size) if added else None
@@ -849,7 +856,7 @@ class PixelShuffleConnector(nn.Module):
     @staticmethod
     def n_tokens(side):
         if side % 2:
-            raise ValueError(f"{side * side} patches are no square grid of even side, which folding 2x2 of them needs")
+            raise SettingError(f"{side * side} patches are no square grid of even side, to be folded 2x2")
         return (side // 2) ** 2
 
     def forward(self, x):
@@ -857,7 +864,7 @@ class PixelShuffleConnector(nn.Module):
         B, N, C = x.shape
         half = math.isqrt(self.n_tokens(math.isqrt(N)))
         if (2 * half) ** 2 != N:
-            raise ValueError(f"{N} patches are no square grid")
+            raise SettingError(f"{N} patches are no square grid")
         x = x.view(B, half, 2, half, 2, C).transpose(2, 3)  # (B, half, half, 2, 2, C)
         return self.mlp(x.reshape(B, half * half, 4 * C))
 
@@ -913,9 +920,9 @@ class MLLMConfig:
         return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})  # d: dataclasses.asdict(config)
 
     def n_image_tokens(self, image_size):
-        """How many tokens an image of image_size x image_size pixels becomes; ValueError if patches do not fit it."""
+        """How many tokens an image of image_size x image_size pixels becomes; SettingError if patches do not fit it."""
         if image_size % self.vit.patch_size:
-            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
+            raise SettingError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
         return CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
 
     def n_placeholders(self, image_size):
@@ -949,8 +956,9 @@ class MLLM(nn.Module):
         return self.connector(self.vit.features(images))
 
     def embed(self, images, ids):
-        """ids (B, T) -> x (B, T, C), their embeddings with the images'; and the memory of GPT.hidden() and its mask:
-        (B, Tm, C), Tm the image tokens of the row with most images, and (B, 1, T, Tm); None where there is none."""
+        """ids (B, T) -> x (B, T, C), the embeddings of words and images; and the memory of GPT.hidden() and its mask.
+        Without cross-attention both are None. With it the memory is (B, Tm, C), Tm the image tokens of the row with the
+        most images; the mask (B, 1, T, Tm) is None where every position may attend to everything."""
         tokens = images if images.dim() == 3 else self.encode(images)  # (M, N, C)
         M, N, C = tokens.shape
         is_image = ids == IMAGE_ID  # (B, T)
@@ -990,7 +998,8 @@ class MLLM(nn.Module):
         return self.gpt.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
 
     def forward(self, images, ids, targets=None, label_smoothing=0.0):
-        """(B, T) ids -> (B, T, vocab_size) logits, None; with targets (B, T), -1 = ignored: None, loss (no logits)."""
+        """(B, T) ids -> (B, T, vocab_size) logits and None. With targets (B, T), -1 = ignored: None and the loss, since
+        the output layer then runs only where there is a target."""
         x = self.hidden(images, ids)
         if targets is None:
             return self.gpt.head(x), None
@@ -1035,7 +1044,7 @@ class MLLM(nn.Module):
         """How much the model attends to each part of an image when it writes the token after each of ids (B, T).
         images: (B, 3, H, W), one per row. Returns (B, T, n), the mean over layers and heads, of sum 1. n is the number
         of image tokens, row by row of their grid; with an abstractor, whose tokens have no place, that of patches."""
-        blocks, is_image = self.gpt.decoder.blocks, ids == IMAGE_ID
+        blocks = self.gpt.decoder.blocks
         layers = [b.cross_attn for b in blocks if b.cross_attn is not None] or [b.attn for b in blocks]
         pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
         try:
@@ -1045,8 +1054,8 @@ class MLLM(nn.Module):
                 self.hidden(images, ids)
             seen = torch.stack([attn.attn_weights.float().mean(dim=1) for attn in layers]).mean(dim=0)  # (B, T, Tk)
             if not self.config.gpt.cross_every:
-                (B, T), n = ids.shape, is_image[0].sum()
-                seen = seen.transpose(1, 2)[is_image].view(B, n, T).transpose(1, 2)  # the columns of the placeholders
+                B, T, is_image = *ids.shape, ids == IMAGE_ID
+                seen = seen.transpose(1, 2)[is_image].view(B, is_image[0].sum(), T).transpose(1, 2)  # placeholders
             for pool in pools:
                 seen = seen @ pool.attn_weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
         finally:
@@ -1105,7 +1114,8 @@ class CLIP(nn.Module):
         return self.log_scale.exp().clamp(max=100.0) * images @ texts.T
 
     def loss(self, images, texts):
-        """(B, d) unit vectors of photos and texts -> mean cross-entropy of picking each by the other, among all."""
+        """(B, d) unit vectors of photos and of their texts -> the mean of two cross-entropies: of finding each photo's
+        text among all texts, and each text's photo among all photos."""
         logits, pairs = self.logits(images, texts), torch.arange(len(images), device=images.device)  # (B, B), (B,)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 

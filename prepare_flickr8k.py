@@ -63,7 +63,7 @@ def read_folder(folder):
     if not file.is_file():
         config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}")
     captions = {}
-    with open(file, newline="", encoding="utf-8-sig") as f, config.one_line(UnicodeDecodeError):
+    with open(file, newline="", encoding="utf-8-sig") as f:
         for row in csv.reader(f):
             text = ",".join(row[1:]).strip()  # a caption with commas and without quotes stays whole
             if text and (row[0], text) != ("image", "caption"):
@@ -92,6 +92,8 @@ def main(argv=None):
         captions, splits, open_photo = read_folder(Path(source)) if source else read_flickr8k(out)
     except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
         config.fail(f"an archive in {out} is broken ({e}); delete it and run this again")
+    except UnicodeDecodeError as e:
+        config.fail(f"captions.txt is not UTF-8 ({e})")
     out.mkdir(parents=True, exist_ok=True)
     names = [name for split in splits.values() for name in split]
     images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
@@ -106,8 +108,7 @@ def main(argv=None):
     save_array(out / "images.npy", images)
 
     index = {name: i for i, name in enumerate(names)}
-    with config.one_line(ValueError):  # a vocab_size that does not hold the bytes
-        tokenizer = BPETokenizer.train((c for name in splits["train"] for c in captions[name]), vocab_size)
+    tokenizer = BPETokenizer.train((c for name in splits["train"] for c in captions[name]), vocab_size)
     for split, photos in splits.items():  # shuffled: in the stream no caption stands beside another of its photo
         texts = [c for name in photos for c in captions[name]]
         random.Random(0).shuffle(texts)

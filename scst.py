@@ -74,8 +74,7 @@ eval_interval = 50  # steps between lines of the log, each with validation score
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
 TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reward
+# ---- reward ---------------------------------------------------------------------------------------------------------
 
 
 class Reward:
@@ -132,8 +131,7 @@ def find_sft():
     return found[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def train(run, model, optimizers, data, reward, **about):

@@ -92,8 +92,7 @@ def size_at(progress):
     return sizes[int(len(sizes) * progress / growth)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CIFAR-10: what is on the image?
+# ---- CIFAR-10: what is on the image? --------------------------------------------------------------------------------
 
 
 def load_cifar():
@@ -197,16 +196,13 @@ def draw_predictions(model, data, rows, path, size=128):
     print(f"wrote {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLIP: which caption belongs to which photo?
+# ---- CLIP: which caption belongs to which photo? --------------------------------------------------------------------
 
 
 def load_captioned():
     """{images (n, 3, image_size, image_size) uint8, captions: n lists, splits: {split: indices}, tokenizer}"""
-    images, table, state = load_photos(dataset, image_size)
-    with config.one_line(ValueError):  # a tokenizer of an older version
-        tokenizer = tokenizer_from_state(state)
-    return {"images": torch.from_numpy(np.array(images)), "captions": table["captions"], "tokenizer": tokenizer,
+    images, table, tokenizer = load_photos(dataset, image_size)
+    return {"images": torch.from_numpy(images), "captions": table["captions"], "tokenizer": tokenizer,
             "size": image_size, "splits": {split: torch.tensor(rows) for split, rows in table["splits"].items()}}
 
 
@@ -324,8 +320,7 @@ def zero_shot(model, size, tokenizer):
     return accuracy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
+# ---- the run --------------------------------------------------------------------------------------------------------
 
 
 def load_model(checkpoint):
@@ -401,8 +396,7 @@ def main(argv=None):
     about |= {"tokenizer": data["tokenizer"].state()} if clip else {"classes": data["classes"]}
     resumed = config.resume("vit", settings, tokenizer=about.get("tokenizer"))
     torch.manual_seed(seed)
-    with config.one_line(ValueError):  # such as n_embd that is not a multiple of n_head
-        model = load_model(resumed) if resumed else new_clip(data) if clip else new_classifier(data)
+    model = load_model(resumed) if resumed else new_clip(data) if clip else new_classifier(data)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     if not clip:  # all of CIFAR-10 on the device

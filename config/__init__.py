@@ -28,8 +28,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# ---------------------------------------------------------------------------------------------------------------------
-# settings
+from model import SettingError
+
+# ---- settings -------------------------------------------------------------------------------------------------------
 
 LIMITS = {  # setting: its least and largest value, or the values it may have; a name means the same in every stage
     **dict.fromkeys("""batch_size accumulation eval_interval beams num_captions num_samples samples max_new_tokens
@@ -66,19 +67,10 @@ def one_line_errors(main):
             return main(argv)
         except KeyboardInterrupt:
             raise SystemExit("\nstopped by hand; saved files are kept (--init_from=resume continues a training run)")
-        except OSError as e:  # no such folder, no permission, no space left on the disk
+        except (SettingError, OSError) as e:  # OSError: no such folder, no permission, no space left on the disk
             fail(str(e))
 
     return wrapped
-
-
-@contextlib.contextmanager
-def one_line(exception):
-    """Inside, an exception of that type is the user's mistake: it ends the run with its message alone."""
-    try:
-        yield
-    except exception as e:
-        fail(str(e))
 
 
 def read_settings(path, is_recipe=False):
@@ -163,8 +155,7 @@ def recipe_of(folder):
     return f" {recipes[str(folder)]}" if str(folder) in recipes else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# machine
+# ---- machine --------------------------------------------------------------------------------------------------------
 
 
 def pick_device(device):
@@ -239,8 +230,7 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# processes
+# ---- processes ------------------------------------------------------------------------------------------------------
 
 
 def rank():
@@ -288,8 +278,7 @@ def gather(tensor):
     return everyone
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# training
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
 def shared_generator(seed, step):
@@ -353,8 +342,7 @@ def update(model, optimizers, loss, factor, grad_clip):
     return torch.where(grad_norm.isfinite(), loss, math.nan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# keeping
+# ---- keeping --------------------------------------------------------------------------------------------------------
 
 
 def save(path, checkpoint):

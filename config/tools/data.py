@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from config import fail, show_progress
+from model import tokenizer_from_state
 
 
 def to_pixels(image, size):
@@ -171,15 +172,15 @@ def prepare_command(dataset):
 
 
 def load_photos(dataset, image_size):
-    """The folder data/<dataset> of prepare_flickr8k.py: images, a memory-mapped (n, 3, image_size, image_size) uint8
-    array; the table of names, captions and splits; and the state of the tokenizer."""
+    """The folder data/<dataset> of prepare_flickr8k.py: images, an (n, 3, image_size, image_size) uint8 array; the
+    table of names, captions and splits; and the tokenizer."""
     prepare = prepare_command(dataset)
     images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
                             for name in ("images.npy", "captions.json", "tokenizer.json"))
     if images.shape[-1] != image_size:
         fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
              f"run {prepare} --size={image_size}")
-    return images, table, state
+    return np.array(images), table, tokenizer_from_state(state)
 
 
 def md5_of(path):
