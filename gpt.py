@@ -155,7 +155,7 @@ def main(argv=None):
     model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    run = config.Run("gpt", settings, dataset, model, optimizers, ["train", "val"], resumed)
+    run = config.Run("gpt", settings, dataset, model, optimizers, resumed)
     print(f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
     run_model = config.maybe_compile(model, compile)

@@ -88,8 +88,6 @@ length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
 num_captions = 1  # with image: captions of each
 
-SCORES = ("cider", "cider_others", "beam_cider", "beam_bleu4", "bleu1", "bleu2", "bleu3", "bleu4", "shuffled", "length",
-          "broken", "distinct", "all_right")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data: a sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text}, ...]} with
@@ -407,9 +405,8 @@ def train(model, data, phase, settings, resumed, before):
     config.check_batch(per_step, accumulation)
     freeze(model, phase)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    columns = ["phase", "train", "val", *(f"{split}_{name}" for split in ("val", "test") for name in SCORES)]
-    run = config.Run("mllm", settings, dataset, model, optimizers, columns, resumed, f"{phase}.pt",
-                     align_share if phase == "align" else 1.0, before)
+    part = align_share if phase == "align" else 1.0  # of the run, at which the phase ends
+    run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", part, before)
     run_model = config.maybe_compile(model, compile)
     shown = data["splits"]["val"][:12]  # the photos of captions.png, the same at every evaluation
 

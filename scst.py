@@ -217,9 +217,7 @@ def main(argv=None):
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward([mllm.answers(group) for group in data["splits"]["train"]], cider_weight, bleu_weight)
-    columns = ["train", "reward", "length", "broken", "distinct", "reward_share", "greedy"]  # of an interval's samples
-    columns += [f"{prefix}_{name}" for prefix in ("val", "before_test", "after_test") for name in mllm.SCORES]
-    run = config.Run("scst", settings, sft["dataset"], model, optimizers, columns, resumed, "scst.pt")
+    run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt")
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
     train(run, model, optimizers, data, reward, sft=str(start_from), sft_settings=sft,

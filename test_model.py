@@ -1019,7 +1019,7 @@ def test_a_new_run_replaces_no_old_checkpoint():
 def test_progress_is_by_whichever_of_steps_and_minutes_is_further():
     def new_run(max_steps, max_minutes, **more):
         settings = {"out_dir": "out/x", "max_steps": max_steps, "max_minutes": max_minutes, "eval_interval": 1}
-        return config.Run("gpt", settings, "mine", None, [], [], **more)
+        return config.Run("gpt", settings, "mine", None, [], None, **more)
 
     def progress(run, step, seconds):
         run.step, now[0] = step, run.began + seconds

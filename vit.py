@@ -277,9 +277,8 @@ def embed(model, images, size, captions, tokenizer, batch_size=500):
 
 
 def recalls(cosines, owner):
-    """{"_text1": ..., "_photo10": ...} in per cent, of (n, m) cosines of photos and captions; owner: (m,) the photo of
-    each caption. _text5: how many photos have an own caption among the five nearest captions; _photo5: how many captions have
-    their photo among the five nearest."""
+    """(n, m) cosines of photos and captions, (m,) the photo of each caption -> per cent. _text5: how many photos have
+    an own caption among the five nearest captions; _photo5: how many captions have their photo among the five."""
     n, m = cosines.shape
     scores = {}
     for k in (1, 5, 10):
@@ -402,9 +401,7 @@ def main(argv=None):
     if not clip:  # all of CIFAR-10 on the device
         data |= {"images": data["images"].to(dev), "labels": data["labels"].to(dev)}
     score = "val_recall" if clip else "val_accuracy"
-    names = ["_recall", *[f"_{way}{k}" for k in (1, 5, 10) for way in ("text", "photo")]] if clip else ["_accuracy"]
-    columns = ["train", *[f"{split}{name}" for split in ("val", "test") for name in ("", *names)], "test_zero_shot"]
-    run = config.Run("vit", settings, dataset, model, optimizers, columns, resumed)
+    run = config.Run("vit", settings, dataset, model, optimizers, resumed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
     run_model, learn = config.maybe_compile(model, compile), learn_matching if clip else learn_classes
 

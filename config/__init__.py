@@ -410,18 +410,15 @@ def set_aside(out_dir, dataset):
 class Run:
     """A training run, or a phase of it: how far it is, its log and its checkpoints."""
 
-    def __init__(self, stage, settings, dataset, model, optimizers, columns, resumed=None, best="best.pt", part=1.0,
-                 before=None):
-        """columns: names of the numbers that log() may be given. resumed: the checkpoint that the run continues from.
-        best: file name of the best checkpoint. part: of max_steps and max_minutes, at which this phase ends. before:
-        the Run of the phase before it."""
+    def __init__(self, stage, settings, dataset, model, optimizers, resumed, best="best.pt", part=1.0, before=None):
+        """resumed: the checkpoint that the run continues from. best: file name of the best checkpoint. part: of
+        max_steps and max_minutes, at which this phase ends. before: the Run of the phase before it."""
         if settings["max_steps"] <= 0 and settings["max_minutes"] <= 0:
             fail("a run needs an end: max_steps or max_minutes above 0")
         self.stage, self.dataset, self.settings, self.out = stage, dataset, settings, Path(settings["out_dir"])
         self.model, self.optimizers, self.best_path, self.best = model, optimizers, self.out / best, -math.inf
         self.max_steps, self.max_seconds = math.ceil(part * settings["max_steps"]), 60 * part * settings["max_minutes"]
         self.first = (before.step, before.seconds()) if before else resumed["first"] if resumed else (0, 0.0)
-        self.columns = ["step", *columns, "lr", "ms_per_step", "items_per_second", "minutes"]
         (self.step, seconds), self.rows = self.first, before.rows if before else []  # of the log
         if resumed:
             self.step, seconds, self.best, self.rows = (resumed[key] for key in ("step", "seconds", "best", "rows"))
@@ -507,7 +504,7 @@ class Run:
             print(" | ".join(text), flush=True)
         self.rows.append(row | {"minutes": f"{seconds / 60:.3f}"})
         with open(self.out / "log.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns, restval="")
+            writer = csv.DictWriter(f, dict.fromkeys(name for row in self.rows for name in row), restval="")
             writer.writeheader()
             writer.writerows(self.rows)
 
