@@ -1648,8 +1648,11 @@ def test_vit_runs_resumes_and_classifies():
     with in_new_folder():
         make_toy_data()
         check_stage(vit, "best.pt")
-        assert Path("out/vit/confusion.png").exists() and "accuracy" in run(vit, *TOY[vit], "--init_from=resume")
-        assert "accuracy" in run(vit, *TOY[vit], "--eval_only=True", "--eval_split=test")
+        assert Path("out/vit/predictions.png").exists() and "accuracy" in run(vit, *TOY[vit], "--init_from=resume")
+        said = run(vit, *TOY[vit], "--eval_only=True", "--eval_split=test")
+        each = [float(word[:-1]) for word in said[said.index("per class"):].replace(",", " ").split() if word[-1] == "%"]
+        accuracy = float(said.split("test_accuracy ")[1].split()[0])
+        assert len(each) == 10 and abs(sum(each) / 10 - accuracy) < 0.1  # as many images of each class
         Image.new("RGB", (50, 40), (1, 2, 3)).save("photo.png")
         Image.new("L", (9, 9)).save("grey.png")
         said = run(vit, *TOY[vit], "--image=.")
@@ -1658,7 +1661,7 @@ def test_vit_runs_resumes_and_classifies():
         raises(SystemExit, "n_val=9: the run held 16", run, vit, *TOY[vit], "--eval_only=True", "--n_val=9")
         check_stage(vit, "best.pt", TOY_CLIP)
         printed = run(vit, *TOY_CLIP, "--vit_ckpt=out/vit/best.pt", "--out_dir=out/continued")
-        assert "ViT of out/vit/best.pt" in printed and "by a model whose ViT started from out/vit" in printed
+        assert "ViT of out/vit/best.pt" in printed and "the ViT from out/vit/best.pt" in printed
         last = log_rows("out/continued")[-1]
         assert last["test_zero_shot"] and float(last["test_text10"]) == 100  # ten nearest of few photos' captions
         assert "val_recall" in run(vit, *TOY_CLIP, "--eval_only=True")

@@ -9,8 +9,8 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
 Expect 88% of the test images from config/cifar_cpu.py, in 40 minutes on two CPU cores with AVX512-BF16 (one seed); and
 from config/clip_cpu.py, for 30% of 1,000 test photos, an own caption among the ten nearest, in 8 minutes.
 Config files and --key=value override the settings from left to right; --help lists them. A run writes log.csv,
-loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png and confusion.png to out_dir. The best
-checkpoint is chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
+loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png to out_dir. The best checkpoint is
+chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import config
 from config.tools.data import augment_photos, load_data, load_photos, open_images, shift_and_mirror, to_pixels
-from config.tools.pictures import draw_confusion, plot, save_grid
+from config.tools.pictures import plot, save_grid
 from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
 # the run
@@ -155,28 +155,21 @@ def predict(model, images, batch_size=500):
     return torch.cat(logits)
 
 
-def evaluate_classes(model, data, split):
-    """{"": loss, "_accuracy": per cent} of a split, and confusion[i, j]: the images of class i taken for class j."""
+def evaluate_classes(model, data, split, report=False):
+    """{"": loss, "_accuracy": per cent} of a split. report: print the accuracy of each class."""
     rows = data["splits"][split].to(data["images"].device)
     logits, labels = predict(model, data["images"][rows]), data["labels"][rows].cpu()
-    confusion = torch.zeros(logits.size(1), logits.size(1), dtype=torch.long)
-    confusion.index_put_((labels, logits.argmax(dim=1)), torch.ones_like(labels), accumulate=True)
-    accuracy = 100 * confusion.trace().item() / len(labels)
-    return {"": F.cross_entropy(logits, labels).item(), "_accuracy": accuracy}, confusion
-
-
-def report_classes(confusion, classes, path):
-    """Print the accuracy of each class and draw the confusion matrix."""
-    correct = 100 * confusion.diag() / confusion.sum(dim=1)
-    print("per class: " + ", ".join(f"{name} {p:.1f}%" for name, p in zip(classes, correct.tolist())))
-    draw_confusion(path, confusion, classes)
-    print(f"wrote {path}")
+    right = (logits.argmax(dim=1) == labels).float()
+    if report:
+        print("per class: " + ", ".join(f"{name} {100 * right[labels == i].mean().item():.1f}%"
+                                        for i, name in enumerate(data["classes"])))
+    return {"": F.cross_entropy(logits, labels).item(), "_accuracy": 100 * right.mean().item()}
 
 
 @torch.no_grad()
 def draw_predictions(model, data, rows, path, size=128):
-    """Draw images, each beside itself lit by the attention of the pooling, with the predicted class; if that is wrong,
-    with the right one and a red frame. size: pixels a side of a picture."""
+    """Draw images, each beside itself lit by the attention of the pooling, with the predicted class, and the right one
+    where that is wrong. size: pixels a side of a picture."""
     images, labels, classes = data["images"][rows].cpu(), data["labels"][rows].tolist(), data["classes"]
     with evaluating(model), config.autocast(model):
         features = model.features(resize(images.to(config.device_of(model)), model.config.image_size))
@@ -185,13 +178,8 @@ def draw_predictions(model, data, rows, path, size=128):
     grid = (attention / attention.amax(dim=1, keepdim=True)).view(len(images), 1, model.grid, model.grid)
     light = F.interpolate(grid, (size, size), mode="bilinear").cpu()  # (n, 1, size, size)
     photos = F.interpolate(images.float(), (size, size))
-    pictures, titles = torch.cat((photos, photos * (0.2 + 0.8 * light)), dim=3).byte(), []
-    for picture, i, label in zip(pictures, predicted, labels):
-        titles.append(classes[i] if i == label else f"{classes[i]}, wrong: {classes[label]}")
-        if i != label:
-            frame = torch.ones(picture.shape[1:], dtype=torch.bool)
-            frame[4:-4, 4:-4] = False
-            picture[:, frame] = torch.tensor([[220], [30], [30]], dtype=torch.uint8)
+    pictures = torch.cat((photos, photos * (0.2 + 0.8 * light)), dim=3).byte()
+    titles = [classes[i] + (f", wrong: {classes[j]}" if i != j else "") for i, j in zip(predicted, labels)]
     save_grid(path, list(pictures), titles, columns=5)
     print(f"wrote {path}")
 
@@ -289,8 +277,11 @@ def recalls(cosines, owner):
     return scores
 
 
-def evaluate_matching(model, data, split):
-    """{"": loss, "_recall": mean of _text10 and _photo10, and recalls()} of a split; and None."""
+def evaluate_matching(model, data, split, report=False):
+    """{"": loss, "_recall": mean of _text10 and _photo10, and recalls()} of a split. report: print what they mean."""
+    if report:
+        print("text10, photo10: for how many photos one of the ten nearest captions is theirs, and for how many "
+              "captions their photo is among the ten nearest; chance is ten over the number of photos")
     photos = data["splits"][split]
     captions = [data["captions"][p] for p in photos.tolist()]
     owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
@@ -300,22 +291,17 @@ def evaluate_matching(model, data, split):
     dev = config.device_of(model)
     losses = [model.loss(images[some].to(dev), texts[first[some]].to(dev)).item()
               for some in torch.arange(len(photos)).split(batch_size)]
-    return {"": float(np.mean(losses)), "_recall": (scores["_text10"] + scores["_photo10"]) / 2} | scores, None
+    return {"": float(np.mean(losses)), "_recall": (scores["_text10"] + scores["_photo10"]) / 2} | scores
 
 
 def zero_shot(model, size, tokenizer):
-    """Zero-shot classification of CIFAR-10's test images, by the nearest of "a photo of a cat", ...: per cent, or None
-    without the data."""
-    if not Path("data/cifar10/test_images.npy").is_file():
-        print("no data/cifar10: zero-shot classification left out (python prepare_cifar.py makes it)")
-        return None
+    """Zero-shot accuracy in per cent on CIFAR-10's test images: the class is the nearest of "a photo of a cat", ..."""
     data = load_cifar()
     rows = data["splits"]["test"]
     prompts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in data["classes"]]
     images, texts = embed(model, data["images"][rows], size, prompts, tokenizer)
     accuracy = 100 * ((images @ texts.T).argmax(dim=1) == data["labels"][rows]).float().mean().item()
-    trained = f", by a model whose ViT started from {vit_ckpt}" if vit_ckpt else ""
-    print(f"zero-shot CIFAR-10: {accuracy:.2f}% of the test images (chance 10%){trained}")
+    print(f"zero-shot CIFAR-10: {accuracy:.2f}% of the test images (chance 10%), the ViT from {vit_ckpt or 'scratch'}")
     return accuracy
 
 
@@ -379,11 +365,9 @@ def main(argv=None):
     if eval_only:
         if clip:
             data["tokenizer"] = tokenizer_from_state(checkpoint["tokenizer"])
-        scores, confusion = evaluate(model, data, eval_split)
+        scores = evaluate(model, data, eval_split, report=True)
         print(f"{out / 'best.pt'}, step {checkpoint['step']}: "
               + " | ".join(f"{eval_split}{name} {value:.4g}" for name, value in scores.items()))
-        if not clip:
-            report_classes(confusion, data["classes"], out / "confusion.png")
         return
 
     n_train = len(data["splits"]["train"])
@@ -410,7 +394,7 @@ def main(argv=None):
         factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
         if run.due():
             with run.paused():
-                scores = {f"val{name}": value for name, value in evaluate(model, data, "val")[0].items()}
+                scores = {f"val{name}": value for name, value in evaluate(model, data, "val").items()}
                 run.log({name: scores[name] for name in ("val", score)}, factor * adam_lr, batch_size, "img",
                         file_only=scores)
                 run.save(scores[score], **about)
@@ -425,19 +409,13 @@ def main(argv=None):
         return
     plot(out, right=(score,))
     model.load_state_dict(config.load(out / "best.pt", "vit")["model"])
-    scores, confusion = evaluate(model, data, "test")
-    scores = {f"test{name}": value for name, value in scores.items()}
-    if clip:
-        print("text10, photo10: for how many photos one of the ten nearest captions is theirs, and for how many "
-              "captions their photo is among the ten nearest; chance is ten over the number of photos")
-        accuracy = zero_shot(model, image_size, data["tokenizer"])
-        run.log({}, file_only=scores | ({} if accuracy is None else {"test_zero_shot": accuracy}))
-    else:
-        report_classes(confusion, data["classes"], out / "confusion.png")
+    scores = {f"test{name}": value for name, value in evaluate(model, data, "test", report=True).items()}
+    if not clip:
         draw_predictions(model, data, data["splits"]["test"][:25], out / "predictions.png")
-        run.log({}, file_only=scores)
-    print("test: " + " | ".join(f"{name.removeprefix('test').strip('_') or 'loss'} {value:.4g}"
-                                for name, value in scores.items()))
+    elif Path("data/cifar10/test_images.npy").is_file():
+        scores["test_zero_shot"] = zero_shot(model, image_size, data["tokenizer"])
+    run.log({}, file_only=scores)
+    print(" | ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items()))
     print(f"best validation {score.removeprefix('val_')} {run.best:.2f} "
           f"after {run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png")
 

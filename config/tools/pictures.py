@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, grids of images with texts, the confusion matrix, where a model looks."""
+"""Pictures of a run: curves, grids of images with texts, where a model looks."""
 
 import csv
 import math
@@ -70,19 +70,3 @@ def draw_places(path, photo, words, places):
     panels = [photo, *(photo * (0.3 + 0.7 * light)).byte()]
     save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
     print(f"wrote {path}")
-
-
-def draw_confusion(path, confusion, classes):
-    """Draw the matrix confusion[i, j], how many images of class i were taken for class j."""
-    share = confusion / confusion.sum(dim=1, keepdim=True)
-    figure, axis = plt.subplots(figsize=(7, 6), layout="constrained")
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(confusion.tolist()):
-        for j, count in enumerate(row):
-            colour = "white" if share[i, j] > 0.5 else "black"
-            axis.text(j, i, count, ha="center", va="center", fontsize=8, color=colour)
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
-    axis.set(xlabel="predicted class", ylabel="true class")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
