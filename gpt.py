@@ -6,8 +6,7 @@ Stage 2: a GPT learns Tiny Shakespeare character by character, or the language o
     python prepare_flickr8k.py && python gpt.py config/captions_cpu.py      the language model that mllm.py starts from
 
 Expect a validation loss of 1.48 from config/shakespeare_cpu.py: 6 minutes on two CPU cores with AVX512-BF16 (one seed).
-Config files and --key=value override the settings from left to right; --help lists them. A run writes log.csv,
-loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir.
+A run writes log.csv, loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir.
 """
 
 import time

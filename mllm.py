@@ -10,10 +10,8 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
 Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 (two seeds) from
 config/flickr8k_cpu.py: 26 minutes on two CPU cores with AMX.
 Training has two phases: `align` trains only what is new, the connector and any cross-attention, between a ViT and a GPT
-that are frozen as stages 1 and 2 left them; `sft` (supervised fine-tuning) trains all on the captions. Config files and
---key=value override the settings from left to right; --help lists them. A run writes log.csv, loss.png, captions.png
-and the checkpoints align.pt, sft.pt (the best on validation by CIDEr; for drawn images by captions all right) and
-last.pt.
+that are frozen as stages 1 and 2 left them; `sft` (supervised fine-tuning) trains all on the captions. A run writes
+log.csv, loss.png, captions.png, align.pt, sft.pt (the best on validation by CIDEr, or captions all right) and last.pt.
 """
 
 import dataclasses
@@ -59,7 +57,7 @@ vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empt
 gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
 fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them through gates
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
-connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens; abstractor: 16 of them
+connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens
 patch_size = 8  # pixels a side of a patch
 vit_layer = 3  # blocks of the ViT
 vit_head = 4  # its attention heads
@@ -89,10 +87,9 @@ temperature = 0.0  # above 0: sample at this temperature; not at the end of a ru
 num_captions = 1  # with image: captions of each
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# data: a sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text}, ...]} with
-# <image> in the text where an image stands. Samples about the same images are a group, such as a photo's five captions.
-
+# data ----------------------------------------------------------------------------------------------------------------
+# A sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text}, ...]} with <image> in
+# the text where an image stands. Samples about the same images are a group, such as the five captions of a photo.
 
 def caption_sample(i, caption=None):
     """The sample in which the assistant describes image i without a question; without a caption, only its prompt."""
@@ -140,10 +137,8 @@ def encode_messages(messages, tokenizer, n_placeholders):
 
 def collate(model, data, samples):
     """Samples -> numbers, the list of their images, each once; which (n,), the place there of each sample's images in
-    order; inputs and targets (B, T), the targets one token later, and -1 where the assistant does not speak.
-
-    What exceeds the model's block_size is cut off. T is a multiple of 8: CPUs prepare a product anew for a new shape.
-    """
+    order; inputs and targets (B, T), the targets one token later, and -1 where the assistant does not speak. What
+    exceeds the model's block_size is cut off. T is a multiple of 8: CPUs prepare a product anew for a new shape."""
     tokenizer, block_size = data["tokenizer"], model.config.gpt.block_size
     n = model.config.n_placeholders(data["images"].size(-1))
     numbers = list(dict.fromkeys(i for sample in samples for i in sample["images"]))
@@ -173,8 +168,7 @@ def get_batch(model, data, samples):
     return images, which.to(dev), inputs.to(dev), targets.to(dev)
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-
+# evaluation ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def write_answers(model, images, tokenizer, samples, batch_size=250, **decoding):
@@ -258,8 +252,7 @@ def draw_captions(path, data, groups, texts):
     save_grid(path, images, [text + human for text, human in zip(texts, humans)])
 
 
-# ---- the model ------------------------------------------------------------------------------------------------------
-
+# the model -----------------------------------------------------------------------------------------------------------
 
 def build_model(tokenizer):
     """A new MLLM, its ViT and GPT from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
@@ -302,8 +295,7 @@ def freeze(model, phase):
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
 
 
-# ---- using a captioner ----------------------------------------------------------------------------------------------
-
+# using a captioner ---------------------------------------------------------------------------------------------------
 
 def load_captioner(path, stage, device, dtype):
     """(model, checkpoint) from a file that this stage or scst.py saved."""
@@ -395,8 +387,7 @@ def use(path, stage, settings):
           + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
+# training ------------------------------------------------------------------------------------------------------------
 
 def train(model, data, phase, settings, resumed, before):
     """One phase of training, after the run before, if there was one; returns its config.Run."""

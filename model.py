@@ -510,37 +510,17 @@ class Transformer(nn.Module):
         init_weights(self)
         nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
 
-    def embed(self, ids, start=0):
-        return self.drop(self.position(self.embedding(ids) * math.sqrt(self.n_embd), start))
+    def embed(self, ids):
+        return self.drop(self.position(self.embedding(ids) * math.sqrt(self.n_embd)))
 
     def encode(self, source):
         """(B, Ts) ids -> (B, Ts, C) memory"""
         return self.encoder(self.embed(source), padding_mask(source, self.pad_id))
 
-    def decode(self, target, memory, source, caches=None):
-        """(B, Tt) ids, what encode() made of source, and source -> (B, Tt, vocab_size) logits"""
-        start = caches[0][0].length if caches else 0
-        mask = None if caches else padding_mask(target, self.pad_id)
-        x = self.decoder(self.embed(target, start), memory, mask, padding_mask(source, self.pad_id), caches)
-        return F.linear(x, self.embedding.weight)
-
     def forward(self, source, target):
         """(B, Ts), (B, Tt) ids -> (B, Tt, vocab_size): at each position the logits of the token after it."""
-        return self.decode(target, self.encode(source), source)
-
-    @torch.no_grad()
-    def generate(self, source, bos_id, eos_id, max_new_tokens):
-        """Greedy, cached translation: (B, Ts) ids -> (B, T) ids, bos first, ended rows filled with eos_id."""
-        out = torch.full((source.size(0), 1), bos_id, device=source.device)
-        ended = torch.zeros_like(out, dtype=torch.bool)
-        with evaluating(self):
-            memory, caches = self.encode(source), self.decoder.new_caches(max_new_tokens, source.size(1))
-            while out.size(1) <= max_new_tokens and not ended.all():
-                logits = self.decode(out[:, -1:], memory, source, caches)  # (B, 1, vocab_size)
-                token = logits.argmax(dim=-1).masked_fill(ended, eos_id)
-                ended |= token == eos_id
-                out = torch.cat((out, token), dim=1)
-        return out
+        masks = padding_mask(target, self.pad_id), padding_mask(source, self.pad_id)
+        return F.linear(self.decoder(self.embed(target), self.encode(source), *masks), self.embedding.weight)
 
 
 # 6. vision -----------------------------------------------------------------------------------------------------------
@@ -869,46 +849,14 @@ class PixelShuffleConnector(nn.Module):
         return self.mlp(x.reshape(B, half * half, 4 * C))
 
 
-class AbstractorConnector(nn.Module):
-    """A fixed number of image tokens for any grid of patches: convolutions (C-Abstractor of Honeybee, Cha et al. 2024),
-    then cross-attention from learnt queries instead of its pooling (Flamingo's resampler, Alayrac et al. 2022)."""
-
-    n_queries = 16
-
-    def __init__(self, n_vision, n_language, n_head=4):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Sequential(
-            nn.Conv2d(n_vision, n_vision, 3, padding=1, groups=n_vision), nn.GELU(), nn.Conv2d(n_vision, n_vision, 1))
-            for _ in range(2))
-        self.query_embedding = nn.Embedding(self.n_queries, n_vision)
-        self.norm1, self.norm2 = LayerNorm(n_vision), LayerNorm(n_vision)
-        self.attn = MultiHeadAttention(n_vision, n_head)
-        self.mlp = MLPConnector(n_vision, n_language)
-
-    @classmethod
-    def n_tokens(cls, side):
-        return cls.n_queries
-
-    def forward(self, x):
-        """(B, N, n_vision), a square grid -> (B, n_queries, n_language)"""
-        B, N, C = x.shape
-        grid = x.transpose(1, 2).view(B, C, math.isqrt(N), math.isqrt(N))  # (B, C, side, side)
-        for conv in self.convs:
-            grid = grid + conv(grid)
-        memory = self.norm2(grid.flatten(2).transpose(1, 2))  # (B, C, side, side) -> (B, N, C)
-        queries = self.norm1(self.query_embedding.weight).expand(B, -1, -1)  # (B, n_queries, C)
-        return self.mlp(queries + self.attn(queries, memory))
-
-
-CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector,
-              "abstractor": AbstractorConnector}
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector}
 
 
 @dataclass
 class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
-    connector: str = "mlp"  # or linear, pixel_shuffle, abstractor
+    connector: str = "mlp"  # or linear, pixel_shuffle
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
@@ -1042,13 +990,11 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def attention_to_images(self, images, ids):
         """How much the model attends to each part of an image when it writes the token after each of ids (B, T).
-        images: (B, 3, H, W), one per row. Returns (B, T, n), the mean over layers and heads, of sum 1. n is the number
-        of image tokens, row by row of their grid; with an abstractor, whose tokens have no place, that of patches."""
+        images: (B, 3, H, W), one per row. Returns (B, T, N), the mean over layers and heads, of sum 1."""
         blocks = self.gpt.decoder.blocks
         layers = [b.cross_attn for b in blocks if b.cross_attn is not None] or [b.attn for b in blocks]
-        pools = [self.connector.attn] if isinstance(self.connector, AbstractorConnector) else []
         try:
-            for attn in layers + pools:
+            for attn in layers:
                 attn.keep_weights = True
             with evaluating(self):
                 self.hidden(images, ids)
@@ -1056,10 +1002,8 @@ class MLLM(nn.Module):
             if not self.config.gpt.cross_every:
                 B, T, is_image = *ids.shape, ids == IMAGE_ID
                 seen = seen.transpose(1, 2)[is_image].view(B, is_image[0].sum(), T).transpose(1, 2)  # placeholders
-            for pool in pools:
-                seen = seen @ pool.attn_weights.float().mean(dim=1)  # (B, T, n_queries) @ (B, n_queries, N)
         finally:
-            for attn in layers + pools:
+            for attn in layers:
                 attn.keep_weights, attn.attn_weights = False, None
         return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
 

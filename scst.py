@@ -11,11 +11,11 @@ on two CPU cores with AMX.
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
 proportion to its advantage over a baseline: the score of the model's own greedy caption (the self-critic), or the mean
-score of the photo's other samples. Starts from the sft.pt that mllm.py saved. Writes log.csv, loss.png,
-before_after.png, scst.pt (the best validation CIDEr) and last.pt to out_dir.
+score of the photo's other samples. Starts from an sft.pt of mllm.py. Writes log.csv, loss.png, before_after.png,
+scst.pt (the best validation CIDEr) and last.pt to out_dir.
 
 Departures from the paper:
-- the model is a transformer that attends to image tokens, where the paper has an LSTM; the ViT stays frozen by default
+- the model is a transformer that attends to image tokens, not an LSTM; the ViT stays frozen by default
 - the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and batches weigh alike)
 - the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
   middle of "in front of a", which costs CIDEr nothing
@@ -74,8 +74,7 @@ eval_interval = 50  # steps between lines of the log, each with validation score
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
 TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")
 
-# ---- reward ---------------------------------------------------------------------------------------------------------
-
+# reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
     """Scores word lists against the captions of training photos, whose n-gram statistics are computed once."""
@@ -131,8 +130,7 @@ def find_sft():
     return found[-1]
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
+# training ------------------------------------------------------------------------------------------------------------
 
 def train(run, model, optimizers, data, reward, **about):
     """SCST until the run is over. about: what else the checkpoints are to hold, such as sft_settings."""

@@ -47,11 +47,11 @@ import vit
 from config.tools import data, metrics, pictures, shapes
 from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
-    CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AbstractorConnector, AttentionPooling, BPETokenizer, CharTokenizer,
-    CLIPConfig, DecoderBlock, Dropout, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
-    EncoderBlock, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
-    SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
-    padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
+    CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, DecoderBlock,
+    Dropout, EncoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding, MLLMConfig,
+    MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding, SinusoidalPositionalEncoding,
+    Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask, padding_mask, sample_next,
+    scaled_dot_product_attention, tokenizer_from_state,
 )
 
 
@@ -417,17 +417,6 @@ def test_transformer_padding_does_not_leak():
     assert before.isfinite().all()
 
 
-def test_transformer_cached_generate_equals_uncached():
-    model, source = shake(tiny_transformer(dropout=0.5)), torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0], [9, 0, 0, 0]])
-    target, caches = torch.randint(3, 11, (3, 8)), model.decoder.new_caches(8, 4)
-    logits = [model.decode(target[:, t:t + 1], model.encode(source), source, caches) for t in range(8)]
-    close(torch.cat(logits, dim=1), model(source, target), 1e-4)
-    model.embedding.weight.data[0] = 0  # padding is never the likeliest token
-    out = model.generate(source, bos_id=1, eos_id=99, max_new_tokens=10)
-    assert out.equal(greedy(lambda target: model(source, target), torch.ones(3, 1).long(), 10))
-    assert model.train().generate(source, 1, 99, 10).equal(out) and model.training  # it writes without dropout
-
-
 def test_transformer_learns_to_reverse_sequences():
     def batch(n, held_out=False):
         """source: 2 to 5 symbols, padded with 0; target: bos (1), the symbols in reverse order, eos (2), padded."""
@@ -445,11 +434,9 @@ def test_transformer_learns_to_reverse_sequences():
     model = tiny_transformer(n_embd=64)
     fit(model, loss_of, 300, 2e-3)
     source, target = batch(1000, held_out=True)
-    out = model.eval().generate(source, bos_id=1, eos_id=2, max_new_tokens=6)
+    out = greedy(lambda ids: model.eval()(source, ids), torch.ones(len(source), 1, dtype=torch.long), 6)
     assert out.shape == target.shape
-    assert (out == target.masked_fill(target == 0, 2)).all(dim=1).float().mean() >= 0.9  # eos fills ended rows
-    ended = (target == 7).cumsum(dim=1) > 0
-    assert (model.generate(source, bos_id=1, eos_id=7, max_new_tokens=6)[ended] == 7).float().mean() >= 0.9
+    assert ((out == target) | (target == 0)).all(dim=1).float().mean() >= 0.9  # what follows the end does not count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -750,15 +737,6 @@ def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
         assert not unreached(model, loss_of), (connector, cross_every)
 
 
-def test_abstractor_makes_the_same_number_of_tokens_of_any_grid_and_sees_all_of_it():
-    layer = shake(AbstractorConnector(8, 6))
-    for side in (2, 5):
-        x = torch.randn(2, side * side, 8, requires_grad=True)
-        assert layer(x).shape == (2, 16, 6) and layer.n_tokens(side) == 16
-        by_patch = torch.autograd.grad(layer(x)[0, 3].square().sum(), x)[0].abs().amax(dim=2)
-        assert by_patch[0].min() > 0 and by_patch[1].max() == 0
-
-
 def shut(model):
     """The model with random weights in everything but its gates, which stay at 0."""
     gates = {name for name, _ in model.named_parameters() if name.endswith("cross_gate")}
@@ -875,8 +853,8 @@ def test_a_beam_of_one_is_greedy_and_more_are_at_least_as_likely():
 
 
 def test_attention_to_images_is_that_of_the_words():
-    for cross_every, connector in itertools.product((0, 2), ("mlp", "abstractor")):
-        model = shake(tiny_mllm(connector=connector, gpt=tiny_gpt_config(cross_every=cross_every)))
+    for cross_every in (0, 2):
+        model = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=cross_every)))
         images = photos(2)
         prompt = model.caption_prompt(model.encode(images))
         seen = model.attention_to_images(images, torch.cat((prompt, some_ids(2, 3)), dim=1))
@@ -1138,14 +1116,6 @@ def test_photos_are_cropped_mirrored_and_recoloured():
     assert (seen >= 20).all() and (seen <= 160).all()  # nothing from beyond the border
     coloured = data.augment_photos(ramp * torch.tensor([1.0, 0.5, 0.2]).view(3, 1, 1), plain, 1.0, 0.3, False)
     assert coloured.std(dim=0).min() > 1 and (coloured >= 0).all() and (coloured <= 255).all()
-
-
-def test_cutmix_shares_the_label_by_area():
-    images, labels = torch.arange(6).view(6, 1, 1, 1).expand(6, 3, 8, 8), torch.arange(6)
-    for _ in range(20):
-        mixed, targets = vit.cut_and_mix(images, labels, 6)
-        shares = torch.stack([(mixed[:, 0] == i).float().mean(dim=(1, 2)) for i in range(6)], dim=1)
-        close(targets, shares)
 
 
 def test_images_grow_in_equal_shares_to_their_full_size():
@@ -1539,7 +1509,7 @@ TOY = {  # at least one source of randomness of each kind is on: batches, dropou
     gpt: (*COMMON, "--block_size=16", "--batch_size=4", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dropout=0.1",
           "--max_new_tokens=20", "--out_dir=out/gpt"),
     vit: (*COMMON, "--n_val=16", "--batch_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--image_size=32",
-          "--first_size=16", "--cutmix=0.5", "--dropout=0.1", "--out_dir=out/vit"),
+          "--first_size=16", "--dropout=0.1", "--out_dir=out/vit"),
     mllm: (*COMMON, "--n_drawn=80", "--batch_size=8", "--image_size=24", "--vit_layer=1", "--vit_head=2",
            "--vit_embd=16", "--gpt_layer=1", "--gpt_head=2", "--gpt_embd=16", "--dropout=0.1", "--align_share=0.5",
            "--captions_per_photo=2", "--mirror=True", "--crop=0.8", "--jitter=0.1", "--word_dropout=0.1",
@@ -1650,7 +1620,8 @@ def test_vit_runs_resumes_and_classifies():
         check_stage(vit, "best.pt")
         assert Path("out/vit/predictions.png").exists() and "accuracy" in run(vit, *TOY[vit], "--init_from=resume")
         said = run(vit, *TOY[vit], "--eval_only=True", "--eval_split=test")
-        each = [float(word[:-1]) for word in said[said.index("per class"):].replace(",", " ").split() if word[-1] == "%"]
+        words = said[said.index("per class"):].replace(",", " ").split()
+        each = [float(word[:-1]) for word in words if word[-1] == "%"]
         accuracy = float(said.split("test_accuracy ")[1].split()[0])
         assert len(each) == 10 and abs(sum(each) / 10 - accuracy) < 0.1  # as many images of each class
         Image.new("RGB", (50, 40), (1, 2, 3)).save("photo.png")
@@ -1732,7 +1703,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         check_bad_images(mllm)
         table = run(mllm, "--baselines=True", "--device=cpu", "--out_dir=out/mllm")  # on the data of that run
         assert all(name in table for name in ("people", "nearest training photos", "this model"))
-        crossed = (*TOY[mllm], "--fusion=cross", "--connector=abstractor", "--gpt_layer=2", "--cross_every=2")
+        crossed = (*TOY[mllm], "--fusion=cross", "--connector=linear", "--gpt_layer=2", "--cross_every=2")
         run(mllm, *crossed, "--out_dir=out/crossed")
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
         run(scst, *TOY[scst], "--sft_dir=out/crossed", "--out_dir=out/more")
@@ -1755,7 +1726,7 @@ def test_mllm_and_scst_run_resume_and_caption():
 
 
 # without what each process draws for itself: dropout and augmentation
-FIXED = {gpt: ("--dropout=0.0",), vit: ("--dropout=0.0", "--cutmix=0.0", "--shift=0", "--mirror=False"),
+FIXED = {gpt: ("--dropout=0.0",), vit: ("--dropout=0.0", "--shift=0", "--mirror=False"),
          mllm: ("--dropout=0.0", "--word_dropout=0.0", "--crop=1.0", "--jitter=0.0", "--mirror=False")}
 FIXED_CLIP = (*FIXED[vit], "--crop=1.0", "--jitter=0.0")
 

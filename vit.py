@@ -8,13 +8,11 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
 
 Expect 88% of the test images from config/cifar_cpu.py, in 40 minutes on two CPU cores with AVX512-BF16 (one seed); and
 from config/clip_cpu.py, for 30% of 1,000 test photos, an own caption among the ten nearest, in 8 minutes.
-Config files and --key=value override the settings from left to right; --help lists them. A run writes log.csv,
-loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png to out_dir. The best checkpoint is
-chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
+A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png to out_dir. The
+best checkpoint is chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +46,6 @@ first_size = 32  # the images grow from this size, patch by patch: with a quarte
 growth = 0.7  # the part of the run in which they grow; 0: all images have image_size
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
 shift = 4  # CIFAR-10's images move by up to so many of their 32 pixels
-cutmix = 0.0  # share of CIFAR-10's batches in which each image gets a rectangle of another, and a share of its label
 crop = 0.5  # clip: smallest share of its area that is seen of a training photo
 jitter = 0.3  # clip: brightness, contrast and saturation of a training photo change by up to this factor
 max_tokens = 32  # clip: longest caption
@@ -84,16 +81,15 @@ def resize(images, size):
 
 
 def size_at(progress):
-    """Pixels a side of the images at this point of the run: from first_size on, a patch more after equal times (as in
-    Tan and Le 2021, EfficientNetV2, without their stronger augmentation for larger images)."""
+    """Pixels a side of the images at this point of the run: from first_size on, a patch more after equal times (Tan and
+    Le 2021, EfficientNetV2, without their stronger augmentation for larger images)."""
     if progress >= growth or first_size == image_size:
         return image_size
     sizes = range(first_size, image_size, patch_size)
     return sizes[int(len(sizes) * progress / growth)]
 
 
-# ---- CIFAR-10: what is on the image? --------------------------------------------------------------------------------
-
+# CIFAR-10: what is on the image? -------------------------------------------------------------------------------------
 
 def load_cifar():
     """{images (60000, 3, 32, 32) uint8, labels (60000,), classes: their names, splits: {train, val, test: indices}}"""
@@ -112,20 +108,6 @@ def new_classifier(data):
                          norm, stem, label_smoothing, tuple(mean), tuple(std)))
 
 
-def cut_and_mix(images, labels, n_classes):
-    """CutMix (Yun et al. 2019): (B, 3, H, W) images, each with the same rectangle of another image of the batch, and
-    (B, n_classes) targets, the classes weighted by area. Draws from torch's global generator. In the paper a rectangle
-    may reach beyond the border, where it is cut off; here all of it lies inside."""
-    (B, _, H, W), dev = images.shape, images.device
-    area, y, x = torch.rand(3).tolist()
-    h, w = round(H * math.sqrt(area)), round(W * math.sqrt(area))
-    top, left = round(y * (H - h)), round(x * (W - w))
-    order, targets = torch.randperm(B, device=dev), F.one_hot(labels, n_classes).float()
-    images = images.clone()
-    images[:, :, top:top + h, left:left + w] = images[order, :, top:top + h, left:left + w]
-    return images, targets.lerp(targets[order], h * w / (H * W))
-
-
 def learn_classes(model, run_model, data, rows, size, step):
     """Add the gradient of this process's share of a batch, rows of the training images; returns its share of the loss.
     size: pixels a side that the model sees."""
@@ -133,8 +115,6 @@ def learn_classes(model, run_model, data, rows, size, step):
     config.seed_step(seed, step)  # of augmentation and dropout
     x, y = data["images"][rows], data["labels"][rows]
     x = shift_and_mirror(x, shift, (torch.rand(len(rows), device=x.device) < 0.5) & mirror)
-    if cutmix and torch.rand(()) < cutmix:
-        x, y = cut_and_mix(x, y, len(data["classes"]))
     loss = 0.0
     for x_part, y_part in zip(x.chunk(accumulation), y.chunk(accumulation)):
         with config.autocast(model):
@@ -184,8 +164,7 @@ def draw_predictions(model, data, rows, path, size=128):
     print(f"wrote {path}")
 
 
-# ---- CLIP: which caption belongs to which photo? --------------------------------------------------------------------
-
+# CLIP: which caption belongs to which photo? -------------------------------------------------------------------------
 
 def load_captioned():
     """{images (n, 3, image_size, image_size) uint8, captions: n lists, splits: {split: indices}, tokenizer}"""
@@ -305,8 +284,7 @@ def zero_shot(model, size, tokenizer):
     return accuracy
 
 
-# ---- the run --------------------------------------------------------------------------------------------------------
-
+# the run -------------------------------------------------------------------------------------------------------------
 
 def load_model(checkpoint):
     """The classifier or the CLIP that a run of this stage has saved."""

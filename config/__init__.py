@@ -1,15 +1,12 @@
 """
-How a run is set up and kept: what is mechanical and the same in every stage, so that a stage holds only its model, its
-data and its training step.
+How a run is set up and kept: what is mechanical and the same in every stage. A config file, config/<recipe>.py, is 10-20
+lines of `name = value  # why`; it is parsed, never executed. What a reader may skip is in config/tools/.
 
     settings     override, LIMITS                 defaults < config files < --key=value, left to right
     machine      pick_device, place, autocast     device and number type
     processes    my_share, sum_numbers, gather    torchrun: each process computes a share of the batch
     training     optimizers, lr_factor, update    Muon + AdamW, one step of them
     keeping      save, load, resume, Run          checkpoints, out/<run>/log.csv
-
-A config file, config/<recipe>.py, is 10-20 lines of `name = value  # why`. It is parsed, never executed. What a stage
-uses and a reader may skip is in config/tools/.
 """
 
 import ast
@@ -30,7 +27,7 @@ import torch.distributed as dist
 
 from model import SettingError
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# settings ------------------------------------------------------------------------------------------------------------
 
 LIMITS = {  # setting: its least and largest value, or the values it may have; a name means the same in every stage
     **dict.fromkeys("""batch_size accumulation eval_interval beams num_captions num_samples samples max_new_tokens
@@ -38,7 +35,7 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
         gpt_layer gpt_head gpt_embd text_layer text_embd cross_every""".split(), (1, math.inf)),
     **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
         first_size""".split(), (0, math.inf)),
-    **dict.fromkeys("crop jitter word_dropout cooldown growth cutmix top_p".split(), (0, 1)),
+    **dict.fromkeys("crop jitter word_dropout cooldown growth top_p".split(), (0, 1)),
     **dict.fromkeys("dropout label_smoothing align_share".split(), (0, 0.99)),
     "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "dtype": {"auto", "float32", "bfloat16"},
     "eval_split": {"train", "val", "test"}, "fusion": {"prefix", "cross"}, "task": {"classify", "clip"},
@@ -155,8 +152,7 @@ def recipe_of(folder):
     return f" {recipes[str(folder)]}" if str(folder) in recipes else ""
 
 
-# ---- machine --------------------------------------------------------------------------------------------------------
-
+# machine -------------------------------------------------------------------------------------------------------------
 
 def pick_device(device):
     """"auto" takes cuda, else mps, else cpu; anything else is passed to torch. Under torchrun the processes find each
@@ -230,8 +226,7 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", flush=True)
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
-
+# processes -----------------------------------------------------------------------------------------------------------
 
 def rank():
     """The number of this process among those that torchrun started, or 0."""
@@ -278,8 +273,7 @@ def gather(tensor):
     return everyone
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
+# training ------------------------------------------------------------------------------------------------------------
 
 def shared_generator(seed, step):
     """For what all processes draw alike at a step: which rows, which captions."""
@@ -342,8 +336,7 @@ def update(model, optimizers, loss, factor, grad_clip):
     return torch.where(grad_norm.isfinite(), loss, math.nan)
 
 
-# ---- keeping --------------------------------------------------------------------------------------------------------
-
+# keeping -------------------------------------------------------------------------------------------------------------
 
 def save(path, checkpoint):
     """Write a checkpoint, of tensors and plain values, to a temporary name and move it into place."""

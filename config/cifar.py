@@ -8,5 +8,4 @@ patch_size = 4  # 16x16 patches an image, as Compact Transformers have
 n_layer = 7
 n_head = 4
 n_embd = 256
-cutmix = 0.5  # some two hundred epochs: what is not mixed would be memorised
 eval_interval = 1000
