@@ -98,7 +98,7 @@ def caption_sample(i, caption=None):
 
 
 def answers(group):
-    """The last answer of each sample: the references of what the model is to write."""
+    """The last answer of each sample of a group: the references of what the model is to write."""
     return [sample["messages"][-1]["content"] for sample in group]
 
 
@@ -156,8 +156,8 @@ def collate(model, data, samples):
 
 
 def get_batch(model, data, samples):
-    """collate() for training, on the model's device: images (M, 3, H, W), augmented, instead of their numbers, and
-    hidden words in the inputs. Draws from torch's global generator."""
+    """collate() for training, on the model's device: augmented images (M, 3, H, W) instead of their numbers, and hidden
+    words in the inputs. Draws from torch's global generator."""
     dev, tokenizer = config.device_of(model), data["tokenizer"]
     numbers, which, inputs, targets = collate(model, data, samples)
     texts = [[answers([sample])[0] for sample in samples if i in sample["images"]] for i in numbers]
@@ -258,12 +258,12 @@ def build_model(tokenizer):
     """A new MLLM, its ViT and GPT from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
-    origin = {"vit": "new", "connector": "new", "gpt": "new"}
+    origin = dict.fromkeys(("vit", "connector", "gpt"), "new")
     if vit_ckpt:
-        vit = config.load(vit_ckpt, "vit", train_with="python vit.py config/cifar_cpu.py")
+        vit = config.load(vit_ckpt, "vit")
         vit_config = dataclasses.replace(ViTConfig(**vit["config"].get("vit", vit["config"])), dropout=dropout)
     if gpt_ckpt:
-        gpt = config.load(gpt_ckpt, "gpt", train_with="python gpt.py config/captions_cpu.py")
+        gpt = config.load(gpt_ckpt, "gpt")
         if gpt["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**gpt["config"]), dropout=dropout)
@@ -475,7 +475,6 @@ def main(argv=None):
     scores, _ = evaluate_both(model, data, "test", beams, length_penalty)
     run.log({}, file_only={f"test_{name}": value for name, value in scores.items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-    print(f"CIDEr {scores['shuffled']:.2f} against other photos' references, {scores['cider']:.2f} against their own")
     if "all_right" in scores:
         print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
     print(f"best validation {'share all right' if data['drawn'] else 'CIDEr'} {run.best:.2f} after "

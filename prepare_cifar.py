@@ -1,10 +1,8 @@
 """
 CIFAR-10 -> data/cifar10/{train,test}_{images,labels}.npy: (50000 or 10000, 3, 32, 32) uint8 pixels and uint8 labels.
+Reads the binary version of the archive, so that nothing needs to be unpickled.
 
     python prepare_cifar.py
-
-Reads the binary version of the archive (a label byte, then 1024 red, 1024 green and 1024 blue bytes per image), so that
-nothing needs to be unpickled.
 """
 
 import tarfile

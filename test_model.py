@@ -1444,7 +1444,7 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8",
                    "--vit_head=2", "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True",
                    "--crop=0.8")
-        assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "against other photos'" in said
+        assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled" in said
         raises(SystemExit, "holds a run on mine, this one is on shakespeare; give it --out_dir=out/lm_shakespeare",
                config.set_aside, Path("out/lm"), "shakespeare")
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
@@ -1632,9 +1632,8 @@ def test_vit_runs_resumes_and_classifies():
         raises(SystemExit, "n_val=9: the run held 16", run, vit, *TOY[vit], "--eval_only=True", "--n_val=9")
         check_stage(vit, "best.pt", TOY_CLIP)
         printed = run(vit, *TOY_CLIP, "--vit_ckpt=out/vit/best.pt", "--out_dir=out/continued")
-        assert "ViT of out/vit/best.pt" in printed and "the ViT from out/vit/best.pt" in printed
-        last = log_rows("out/continued")[-1]
-        assert last["test_zero_shot"] and float(last["test_text10"]) == 100  # ten nearest of few photos' captions
+        assert "ViT of out/vit/best.pt" in printed
+        assert float(log_rows("out/continued")[-1]["test_text10"]) == 100  # ten nearest of few photos' captions
         assert "val_recall" in run(vit, *TOY_CLIP, "--eval_only=True")
         said = run(vit, *TOY_CLIP, "--image=photo.png", "--texts=a picture, said b, said a")
         assert said.count("%") == 3 and "said a " in said
@@ -1814,8 +1813,8 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "windows of block_size=9999", run, gpt, *TOY[gpt], "--block_size=9999")
         raises(SystemExit, "not a multiple of patch_size", run, vit, *TOY[vit], "--image_size=60")
         raises(SystemExit, "image_size=25 is not a multiple of patch_size=8", run, mllm, *TOY[mllm], "--image_size=25")
-        raises(SystemExit, "no checkpoint none/best.pt yet; train one first: python gpt.py config/captions_cpu.py",
-               run, mllm, *TOY[mllm], "--gpt_ckpt=none/best.pt")
+        raises(SystemExit, "no checkpoint none/best.pt yet; train one first: python gpt.py", run, mllm, *TOY[mllm],
+               "--gpt_ckpt=none/best.pt")
         raises(SystemExit, "align_share=1.0", run, mllm, *TOY[mllm], "--align_share=1.0")
         raises(SystemExit, "connector 'qformer': linear", run, mllm, *TOY[mllm], "--connector=qformer")
         raises(SystemExit, "fusion=none: cross or prefix", run, mllm, *TOY[mllm], "--fusion=none")

@@ -176,7 +176,7 @@ def load_captioned():
 def new_clip(data):
     vit = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, 0, dropout, activation, norm, stem)
     if vit_ckpt:
-        checkpoint = config.load(vit_ckpt, "vit", train_with="python vit.py config/cifar_cpu.py")
+        checkpoint = config.load(vit_ckpt, "vit")
         if "classes" not in checkpoint:
             config.fail(f"{vit_ckpt} is no classifier")
         vit = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=0, dropout=dropout)
@@ -271,17 +271,6 @@ def evaluate_matching(model, data, split, report=False):
     losses = [model.loss(images[some].to(dev), texts[first[some]].to(dev)).item()
               for some in torch.arange(len(photos)).split(batch_size)]
     return {"": float(np.mean(losses)), "_recall": (scores["_text10"] + scores["_photo10"]) / 2} | scores
-
-
-def zero_shot(model, size, tokenizer):
-    """Zero-shot accuracy in per cent on CIFAR-10's test images: the class is the nearest of "a photo of a cat", ..."""
-    data = load_cifar()
-    rows = data["splits"]["test"]
-    prompts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in data["classes"]]
-    images, texts = embed(model, data["images"][rows], size, prompts, tokenizer)
-    accuracy = 100 * ((images @ texts.T).argmax(dim=1) == data["labels"][rows]).float().mean().item()
-    print(f"zero-shot CIFAR-10: {accuracy:.2f}% of the test images (chance 10%), the ViT from {vit_ckpt or 'scratch'}")
-    return accuracy
 
 
 # the run -------------------------------------------------------------------------------------------------------------
@@ -390,8 +379,6 @@ def main(argv=None):
     scores = {f"test{name}": value for name, value in evaluate(model, data, "test", report=True).items()}
     if not clip:
         draw_predictions(model, data, data["splits"]["test"][:25], out / "predictions.png")
-    elif Path("data/cifar10/test_images.npy").is_file():
-        scores["test_zero_shot"] = zero_shot(model, image_size, data["tokenizer"])
     run.log({}, file_only=scores)
     print(" | ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items()))
     print(f"best validation {score.removeprefix('val_')} {run.best:.2f} "

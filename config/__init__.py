@@ -1,5 +1,5 @@
 """
-How a run is set up and kept: what is mechanical and the same in every stage. A config file, config/<recipe>.py, is 10-20
+How a run is set up and kept: what is mechanical and the same in every stage. A config file, config/<recipe>.py, is some
 lines of `name = value  # why`; it is parsed, never executed. What a reader may skip is in config/tools/.
 
     settings     override, LIMITS                 defaults < config files < --key=value, left to right
@@ -229,13 +229,11 @@ def show_progress(text):
 # processes -----------------------------------------------------------------------------------------------------------
 
 def rank():
-    """The number of this process among those that torchrun started, or 0."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0))  # of this process, among those that torchrun started
 
 
 def is_main():
-    """Whether this process prints and writes."""
-    return rank() == 0
+    return rank() == 0  # the process that prints and writes
 
 
 def n_processes():
@@ -245,18 +243,17 @@ def n_processes():
 def check_batch(batch_size, accumulation):
     """End the run in one line where the batch cannot be cut into equal parts, accumulation of them per process."""
     if batch_size % (accumulation * n_processes()):
-        fail(f"batch_size={batch_size} cannot be cut into {accumulation * n_processes()} equal parts "
-             f"(accumulation={accumulation} per process)")
+        fail(f"batch_size={batch_size} cannot be cut into {accumulation * n_processes()} equal parts")
 
 
 def my_share(batch):
     """The rows of a batch, a tensor or a list, that this process computes."""
     n = len(batch) // n_processes()
-    return batch[rank() * n:(rank() + 1) * n] if dist.is_initialized() else batch
+    return batch[rank() * n:(rank() + 1) * n]
 
 
 def sum_numbers(*numbers, device="cpu"):
-    """The sums of some numbers over the processes, as a list of float."""
+    """The sums of numbers over the processes, as a list of float."""
     if not dist.is_initialized():
         return list(map(float, numbers))
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -281,14 +278,12 @@ def shared_generator(seed, step):
 
 
 def seed_step(seed, step):
-    """Seed what each process draws for itself at a step: augmentation, dropout, samples. It depends on the step alone,
-    so that a resumed run draws what an uninterrupted one would."""
+    """Seed what each process draws for itself at a step: augmentation, dropout, samples."""
     torch.manual_seed(seed * 1_000_003 + step + rank() * 1_000_000_007)
 
 
 def epoch_rows(n, batch_size, step, seed):
-    """(batch_size,) indices below n of the rows of a step's batch, the same in all processes: each row once per epoch,
-    in an order of its own."""
+    """(batch_size,) numbers below n: the rows of a step's batch, each once per epoch; the same in all processes."""
     epoch, position = divmod(step, n // batch_size)
     order = torch.randperm(n, generator=shared_generator(seed, epoch))
     return order[position * batch_size:(position + 1) * batch_size]
@@ -350,13 +345,11 @@ def save(path, checkpoint):
         fail(f"could not write {path} (is the disk full?): {str(e).splitlines()[0]}")
 
 
-def load(path, *stages, train_with=None):
+def load(path, *stages):
     """The checkpoint at path, on the CPU, saved by one of the stages ("vit", "gpt", ...). Without the file, the message
-    names the command that makes it: the recipe that writes to its folder, or train_with, or the stage."""
+    names the command that makes it."""
     if not Path(path).is_file():
-        recipe = recipe_of(Path(path).parent)
-        command = f"python {stages[0]}.py{recipe}" if recipe else train_with or f"python {stages[0]}.py"
-        fail(f"no checkpoint {path} yet; train one first: {command}")
+        fail(f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(Path(path).parent)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint

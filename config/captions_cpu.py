@@ -3,7 +3,6 @@ out_dir = "out/captions_cpu"
 dataset = "flickr8k"
 max_minutes = 2.5
 max_steps = 0
-batch_size = 64
 block_size = 64  # four captions or so
 n_layer = 4
 n_head = 4

@@ -1,5 +1,4 @@
-"""CIFAR-10 on one GPU. Started on a CPU for a few steps, and never yet run to its end on a GPU, so that README has no
-row for it."""
+"""CIFAR-10 on one GPU. Not yet run on a GPU."""
 out_dir = "out/cifar"
 max_minutes = 8.0
 max_steps = 0

@@ -1,5 +1,4 @@
-"""Captions of Flickr8k photos of 128 pixels (python prepare_flickr8k.py --size=128) on one GPU. Started on a CPU for a
-few steps, and never yet run to its end on a GPU, so that README has no row for it."""
+"""Captions of Flickr8k photos (python prepare_flickr8k.py --size=128) on one GPU. Not yet run on a GPU."""
 out_dir = "out/flickr8k"
 dataset = "flickr8k"
 vit_ckpt = "out/cifar/best.pt"  # python vit.py config/cifar.py; patches of 4 pixels, positions interpolated to 32x32

@@ -8,7 +8,6 @@ fusion = "cross"  # better than the image tokens as a prefix in five minutes, an
 connector = "mlp"  # 144 image tokens, one a patch: they cost little where no sequence holds them
 max_minutes = 26.0
 align_share = 0.03  # the minute of the connector and the cross-attention, which are new
-batch_size = 64
 captions_per_photo = 2
 max_tokens = 32
 crop = 0.5  # this and the next five delay that the photos are memorised; the lab notebook has trials of most

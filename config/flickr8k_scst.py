@@ -1,5 +1,4 @@
-"""SCST of the captioner of config/flickr8k.py, on one GPU. Started on a CPU for a few steps, and never yet run to its
-end on a GPU, so that README has no row for it."""
+"""SCST of the captioner of config/flickr8k.py, on one GPU. Not yet run on a GPU."""
 out_dir = "out/flickr8k_scst"
 sft_dir = "out/flickr8k"  # python mllm.py config/flickr8k.py
 max_minutes = 6.0

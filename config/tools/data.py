@@ -71,12 +71,10 @@ def shift_and_mirror(images, shift, mirrored):
 
 
 def augment_photos(images, captions, crop, jitter, mirror):
-    """(B, 3, H, W) photos -> (B, 3, H, W) float, augmented with draws from torch's global generator.
-
-    Of each photo a part is seen, of crop to 1 times its area, its sides stretched by up to 4 / 3, resized to H x W.
-    With mirror half of the photos are mirrored, but none with a caption (captions: a list for each photo) that says
-    left or right. Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter.
-    """
+    """(B, 3, H, W) photos -> (B, 3, H, W) float, augmented with draws from torch's global generator: of each a part is
+    seen, of crop to 1 times its area, its sides stretched by up to 4 / 3, resized to H x W. With mirror half of them
+    are mirrored, but none with a caption (captions: a list for each) that says left or right. Brightness, contrast and
+    saturation change by factors from 1 - jitter to 1 + jitter."""
     B, dev, images = len(images), images.device, images.float()
     sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
     mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
@@ -100,10 +98,8 @@ def augment_photos(images, captions, crop, jitter, mirror):
 
 def download(path, urls, md5=None):
     """Fetch path from the first of urls that answers, resuming a partial file; a file already there is used as it is.
-
-    md5: the official checksum, or None where none is known. A download that differs is an error; a file that was there
-    already and differs is used, with one printed line.
-    """
+    md5: the official checksum, if one is known. A download that differs is an error; a file that was there already and
+    differs is used, with one printed line."""
     path = Path(path)
     if path.is_file():
         if md5 and md5_of(path) != md5:

@@ -1,7 +1,4 @@
-"""
-Metrics of captions: words, BLEU, CIDEr-D, what an evaluation reports; and captions of the photos that look most alike,
-a baseline without learning.
-"""
+"""Metrics of captions: words, BLEU, CIDEr-D, what an evaluation reports; and a baseline, captions of similar photos."""
 
 import math
 import re
@@ -102,11 +99,9 @@ class CiderD:
 
 
 def cider(candidates, references, df=None):
-    """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's).
-
-    candidates: list of str; references: a list of str for each candidate. A caption of four words or more that is its
-    only reference scores 10 (unless all images share its words). df: document_frequencies() of other references.
-    """
+    """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's). candidates: list of str;
+    references: a list of str for each; df: document_frequencies() of other references. A caption of four words or more
+    that is its only reference scores 10 (unless all images share its words)."""
     assert len(candidates) == len(references), "one list of references for each candidate"
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
     scores = scorer.scores([words_of(c) for c in candidates], range(len(candidates)))
@@ -120,15 +115,12 @@ def ends_badly(words, ended):
 
 def caption_scores(captions, ended, references):
     """{name: value} of what is reported about captions of photos; CIDEr and BLEU times 100, as papers print them.
-
     shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a
-    model does not look. broken: the share without a proper ending. distinct: different captions over all captions.
-    """
+    model does not look. broken: the share without a proper ending. distinct: different captions over all captions."""
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references])
     words, n = [words_of(caption) for caption in captions], len(captions)
     mean_cider = lambda k: 100 * float(scorer.scores(words, (np.arange(n) + k) % n).mean())
-    return {"cider": mean_cider(0),
-            **{f"bleu{order}": 100 * score for order, score in enumerate(bleu(captions, references), 1)},
+    return {"cider": mean_cider(0), **{f"bleu{n}": 100 * b for n, b in enumerate(bleu(captions, references), 1)},
             "shuffled": float(np.mean([mean_cider(k) for k in range(1, min(6, n))] or [0.0])),
             "length": float(np.mean([len(each) for each in words])),
             "broken": 100 * float(np.mean([ends_badly(each, end) for each, end in zip(words, ended)])),
@@ -151,9 +143,8 @@ def colours_and_edges(images, side=8, cells=4, directions=8):
 
 
 def nearest_captions(images, captions, train, photos, k=20):
-    """For each of the photos the consensus caption of the k training photos most like it (Devlin et al. 2015): of their
-    captions the one that is most similar, by CIDEr-D, to the others. images: (n, 3, H, W); captions: lists of str;
-    train, photos: indices of images. A list of str."""
+    """For each of the photos the consensus caption of the k training photos most like it (Devlin et al. 2015), which is
+    most similar, by CIDEr-D, to the others: a list of str. images: (n, 3, H, W); train, photos: indices of them."""
     features, chosen = colours_and_edges(images), []
     near = (features[photos] @ features[train].T).topk(min(k, len(train)), dim=1).indices.tolist()  # (n, k)
     scorer = CiderD([[words_of(caption) for caption in captions[p]] for p in train])
