@@ -159,8 +159,7 @@ def main(argv=None):
           f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
     run_model = config.maybe_compile(model, compile)
     beginning = "" if hasattr(tokenizer, "bos_id") else "\n"  # of the samples; an empty one needs a first token
-    samples = resumed["samples"] if resumed else {}
-    samples = {part: text for part, text in samples.items() if float(part[:-1]) <= 100 * run.progress()}
+    samples = resumed["samples"] if resumed else {}  # {per cent of the run: text}
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes

@@ -399,7 +399,6 @@ def train(model, data, phase, settings, resumed, before):
     part = align_share if phase == "align" else 1.0  # of the run, at which the phase ends
     run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", part, before)
     run_model = config.maybe_compile(model, compile)
-    shown = data["splits"]["val"][:12]  # the photos of captions.png, the same at every evaluation
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -412,7 +411,7 @@ def train(model, data, phase, settings, resumed, before):
                     scores, captions = evaluate(model, data, "val")
                     # for drawn images CIDEr tells which of the five wordings it chose, more than whether it is right
                     score = scores.get("all_right", scores["cider"])
-                    draw_captions(run.out / "captions.png", data, shown, captions)
+                    draw_captions(run.out / "captions.png", data, data["splits"]["val"][:12], captions)
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = ("val_cider", "val_bleu4", "val_shuffled", "val_all_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}

@@ -20,8 +20,7 @@ Departures from the paper:
 - the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
   middle of "in front of a", which costs CIDEr nothing
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
-- the reward may hold smoothed sentence BLEU-4 (bleu_weight): from the second order on, one is added to matches and
-  totals (Lin and Och 2004)
+- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
@@ -77,10 +76,9 @@ TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores word lists against the captions of training photos, whose n-gram statistics are computed once."""
+    """Scores word lists against references, the captions of the training photos: a list of str for each."""
 
     def __init__(self, references, cider_weight, bleu_weight):
-        """references: for each photo a list of str; the document frequencies are counted over them."""
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
         self.cider_weight, self.bleu_weight, self.cider = cider_weight, bleu_weight, CiderD(self.references)
 

@@ -5,5 +5,4 @@ max_minutes = 6.0
 batch_size = 128  # photos
 samples = 5  # captions each
 baseline = "leave_one_out"
-lr = 2e-4
 eval_interval = 100

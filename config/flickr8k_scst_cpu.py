@@ -5,5 +5,4 @@ max_minutes = 22.0
 batch_size = 48  # photos
 samples = 4  # captions each
 baseline = "leave_one_out"  # 0.8 of CIDEr above greedy after 300 steps, the mean of two seeds
-lr = 2e-4
 eval_interval = 200

@@ -50,7 +50,7 @@ def open_images(where):
             image = Image.open(source)
             image.thumbnail((1024, 1024))
             image.load()
-            images.append((name, image))
+            images.append((name, ImageOps.exif_transpose(image)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
             broken.append(name)
     if not images:

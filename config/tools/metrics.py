@@ -68,16 +68,19 @@ class CiderD:
     sigma = 6.0
 
     def __init__(self, references, df=None):
-        self.df, n_images = df or document_frequencies(references)
-        self.log_images = math.log(max(1, n_images))
+        counts, n_images = df or document_frequencies(references)
+        self.max_idf = math.log(max(1, n_images))  # of an n-gram that occurs nowhere
+        self.idf = {ngram: self.max_idf - math.log(count) for ngram, count in counts.items()}
         self.references = [[self.vectors(ref) for ref in refs] for refs in references]
 
     def vectors(self, words):
         """The tf-idf vectors {n-gram: count * idf} for n = 1 to 4, their norms, and the length in bigrams."""
-        vectors = [{ngram: count * (self.log_images - math.log(self.df.get(ngram, 1)))
-                    for ngram, count in count_ngrams(words, n).items()} for n in range(1, 5)]
-        norms = [math.sqrt(sum(value * value for value in vector.values())) for vector in vectors]
-        return vectors, norms, max(0, len(words) - 1)
+        vectors = []
+        for n in range(1, 5):
+            vectors.append({})
+            for ngram in zip(*(words[i:] for i in range(n))):
+                vectors[-1][ngram] = vectors[-1].get(ngram, 0.0) + self.idf.get(ngram, self.max_idf)
+        return vectors, [math.hypot(*vector.values()) or 1.0 for vector in vectors], max(0, len(words) - 1)
 
     def score(self, caption, references):
         """What vectors() gives of a caption and of its references -> 10 times the mean, over references and n, of the
@@ -86,10 +89,13 @@ class CiderD:
         for ref_vectors, ref_norms, ref_length in references:
             penalty = math.exp(-(length - ref_length) ** 2 / (2 * self.sigma ** 2))
             for vector, norm, ref_vector, ref_norm in zip(vectors, norms, ref_vectors, ref_norms):
-                product = sum(min(value, ref_vector[ngram]) * ref_vector[ngram]
-                              for ngram, value in vector.items() if ngram in ref_vector)
-                if product:
-                    total += penalty * product / (norm * ref_norm)
+                if vector.keys().isdisjoint(ref_vector):
+                    break  # they share no n words, so nothing longer either
+                product = 0.0
+                for ngram, value in vector.items():
+                    if ngram in ref_vector:
+                        product += min(value, ref_vector[ngram]) * ref_vector[ngram]
+                total += penalty * product / (norm * ref_norm)
         return 10.0 * total / (4 * len(references))
 
     def scores(self, captions, images):
@@ -127,26 +133,13 @@ def caption_scores(captions, ended, references):
             "distinct": 100 * len(set(captions)) / len(captions)}
 
 
-def colours_and_edges(images, side=8, cells=4, directions=8):
-    """(n, 3, H, W) -> (n, d) unit vectors of colours (the image reduced to side x side pixels) and edges (in each of
-    cells x cells parts, how much contrast runs in each direction), which weigh alike."""
-    reduce, unit, colours, edges = F.adaptive_avg_pool2d, lambda v: F.normalize(v - v.mean(dim=0), dim=1), [], []
-    for x in images.split(500):
-        x = x.float()
-        colours.append(reduce(x, side).flatten(1))
-        grey = x.mean(dim=1)
-        dy, dx = grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1], grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2]
-        angle = ((torch.atan2(dy, dx) / math.pi % 1.0) * directions).long() % directions  # a line points both ways
-        strength = F.one_hot(angle, directions) * torch.hypot(dx, dy)[..., None]
-        edges.append(reduce(strength.permute(0, 3, 1, 2), cells).flatten(1).sqrt())  # (b, directions * cells * cells)
-    return F.normalize(torch.cat((unit(torch.cat(colours)), unit(torch.cat(edges))), dim=1), dim=1)
-
-
 def nearest_captions(images, captions, train, photos, k=20):
-    """For each of the photos the consensus caption of the k training photos most like it (Devlin et al. 2015), which is
-    most similar, by CIDEr-D, to the others: a list of str. images: (n, 3, H, W); train, photos: indices of them."""
-    features, chosen = colours_and_edges(images), []
-    near = (features[photos] @ features[train].T).topk(min(k, len(train)), dim=1).indices.tolist()  # (n, k)
+    """For each of the photos the consensus caption of the k training photos most like it when reduced to 8x8 pixels: of
+    their captions the one that is most similar, by CIDEr-D, to the others (Devlin et al. 2015). A list of str. images:
+    (n, 3, H, W) uint8; captions: a list of str for each; train, photos: indices of images."""
+    small = torch.cat([F.adaptive_avg_pool2d(some.float(), 8).flatten(1) for some in images.split(500)])  # (n, 192)
+    small, chosen = F.normalize(small - small.mean(dim=0), dim=1), []
+    near = (small[photos] @ small[train].T).topk(min(k, len(train)), dim=1).indices.tolist()  # (n, k)
     scorer = CiderD([[words_of(caption) for caption in captions[p]] for p in train])
     for row in near:
         texts = [caption for i in row for caption in captions[train[i]]]

@@ -14,13 +14,16 @@ from matplotlib import font_manager  # noqa: E402
 
 LABELS = {"train": "training loss", "val": "validation loss", "val_accuracy": "validation accuracy (%)",
           "val_recall": "validation recall at 10 (%)", "val_cider": "validation CIDEr",
-          "reward": "reward of samples", "greedy": "reward of greedy captions of fixed training photos"}
+          "val_all_right": "validation, all attributes right (%)", "reward": "reward of samples",
+          "greedy": "reward of greedy captions of fixed training photos"}
 
 
 def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
-    """Draw columns of out_dir/log.csv over the step into out_dir/loss.png; the right ones have an axis of their own."""
+    """Draw columns of out_dir/log.csv over the step into out_dir/loss.png; the right ones have an axis of their own.
+    What the log lacks is left out."""
     with open(Path(out_dir) / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
+    left, right = ([column for column in columns if any(row.get(column) for row in rows)] for columns in (left, right))
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axes = [(axis, column, "-") for column in left]
     if right:
@@ -28,10 +31,9 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
         axes[-1][0].set_ylabel(", ".join(LABELS.get(column, column) for column in right))
     for i, (a, column, style) in enumerate(axes):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
-        if points:
-            a.plot(*zip(*points), style, color=f"C{i}", label=LABELS.get(column, column))
+        a.plot(*zip(*points), style, color=f"C{i}", label=LABELS.get(column, column))
     axis.set(xlabel="training step", ylabel=ylabel, title=Path(out_dir).name)
-    figure.legend(loc="outside lower center", ncols=len(axes))
+    figure.legend(loc="outside lower center", ncols=max(1, len(axes)))
     figure.savefig(Path(out_dir) / "loss.png", dpi=110)
     plt.close(figure)
 
@@ -67,6 +69,6 @@ def draw_places(path, photo, words, places):
     size, side = photo.size(-1), math.isqrt(places.size(1))
     light = (places / places.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
     light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)  # (words, 1, size, size)
-    panels = [photo, *(photo * (0.3 + 0.7 * light)).byte()]
+    panels = [photo, *(photo * (0.35 + 0.65 * light)).byte()]
     save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
     print(f"wrote {path}")
