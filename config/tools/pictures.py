@@ -64,11 +64,11 @@ def save_grid(path, images, titles, columns=4, width=34):
 
 
 def draw_places(path, photo, words, places):
-    """Draw the photo (3, H, W), then a panel per word: the photo lit where the model looked as it wrote the word.
-    places: (words, n) shares of the n parts of the image."""
+    """Draw the photo (3, H, W), then a panel per word: the photo, faded where the model did not look as it wrote the
+    word. places: (words, n) shares of the n parts of the image."""
     size, side = photo.size(-1), math.isqrt(places.size(1))
     light = (places / places.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
     light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)  # (words, 1, size, size)
-    panels = [photo, *(photo * (0.35 + 0.65 * light)).byte()]
+    panels = [photo, *(255 - (255.0 - photo) * (0.2 + 0.8 * light)).byte()]
     save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
     print(f"wrote {path}")
