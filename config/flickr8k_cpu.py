@@ -16,6 +16,5 @@ mirror = True
 word_dropout = 0.1
 dropout = 0.25
 label_smoothing = 0.1
-muon_lr = 0.01
 adam_lr = 1.5e-3
 eval_interval = 500
