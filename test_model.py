@@ -987,8 +987,12 @@ def test_a_new_run_replaces_no_old_checkpoint():
             Path(folder, "best.pt").write_text(content)
             config.set_aside(Path(folder), "mine")
         assert not Path(folder, "best.pt").exists() and "renamed" in printed.getvalue()
-        names = ("best.old.pt", "best.old2.pt", "best.old3.pt")
+        names = ("best.old.pt", "best.old1.pt", "best.old2.pt")
         assert [Path(folder, name).read_text() for name in names] == ["first", "second", "third"]
+        Path(folder, names[0]).unlink()  # the gap is filled, and nothing replaced
+        Path(folder, "best.pt").write_text("fourth")
+        config.set_aside(Path(folder), "mine")
+        assert [Path(folder, name).read_text() for name in names] == ["fourth", "second", "third"]
         config.save(Path(folder, "last.pt"), {"stage": "gpt", "dataset": "flickr8k"})
         raises(SystemExit, "holds a run on flickr8k", config.set_aside, Path(folder), "mine")
         assert Path(folder, "last.pt").exists()

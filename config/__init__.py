@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import os
 import sys
@@ -382,15 +383,15 @@ def resume(stage, settings, start="scratch", tokenizer=None):
 
 
 def set_aside(out_dir, dataset):
-    """Rename the checkpoints that a new run finds in its folder to *.old.pt, *.old2.pt, ...; an error if they are of
+    """Rename the checkpoints that a new run finds in its folder to *.old.pt, *.old1.pt, ...; an error if they are of
     another dataset."""
     if (out_dir / "last.pt").is_file():
         other = load(out_dir / "last.pt", "vit", "gpt", "mllm", "scst").get("dataset")
         if other != dataset:
             fail(f"{out_dir} holds a run on {other}, this one is on {dataset}; give it --out_dir={out_dir}_{dataset}")
     for old in [p for p in sorted(out_dir.glob("*.pt")) if ".old" not in p.name]:
-        n = len(list(out_dir.glob(f"{old.stem}.old*.pt"))) + 1
-        print(f"renamed {old} to {old.replace(old.with_suffix(f'.old{n}.pt' if n > 1 else '.old.pt')).name}")
+        names = (old.with_suffix(f".old{n or ''}.pt") for n in itertools.count())
+        print(f"renamed {old} to {old.replace(next(name for name in names if not name.exists())).name}")
 
 
 class Run:
