@@ -15,7 +15,7 @@ from matplotlib import font_manager  # noqa: E402
 LABELS = {"train": "training loss", "val": "validation loss", "val_accuracy": "validation accuracy (%)",
           "val_recall": "validation recall at 10 (%)", "val_cider": "validation CIDEr",
           "val_all_right": "validation, all attributes right (%)", "reward": "reward of samples",
-          "greedy": "reward of greedy captions of fixed training photos"}
+          "greedy": "reward of greedy captions of 200 training photos"}
 
 
 def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
@@ -33,7 +33,7 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         a.plot(*zip(*points), style, color=f"C{i}", label=LABELS.get(column, column))
     axis.set(xlabel="training step", ylabel=ylabel, title=Path(out_dir).name)
-    figure.legend(loc="outside lower center", ncols=max(1, len(axes)))
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(Path(out_dir) / "loss.png", dpi=110)
     plt.close(figure)
 
