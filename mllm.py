@@ -3,12 +3,12 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
 
     python mllm.py                                      drawn shapes: no download, three minutes on two CPU cores
     python mllm.py --image=photo.png                    caption a picture with what that run has learnt
-    python mllm.py config/flickr8k_cpu.py               photos, after the commands of README's "The chain on real data"
+    python mllm.py config/flickr8k_cpu.py               photos, after the commands of README's "The chain on photos"
     python mllm.py config/flickr8k_cpu.py --image=photo.jpg --num_captions=5
     python mllm.py config/flickr8k_cpu.py --baselines=True                 what people and the nearest photos score
 
-Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 (two seeds) from
-config/flickr8k_cpu.py: 26 minutes on two CPU cores with AMX.
+Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 from config/flickr8k_cpu.py:
+26 minutes on two CPU cores with AVX512-BF16 or AMX.
 Training has two phases: `align` trains only what is new, the connector and any cross-attention, between a ViT and a GPT
 that are frozen as stages 1 and 2 left them; `sft` (supervised fine-tuning) trains all on the captions. A run writes
 log.csv, loss.png, captions.png, align.pt, sft.pt (the best on validation by CIDEr, or captions all right) and last.pt.
@@ -396,8 +396,8 @@ def train(model, data, phase, settings, resumed, before):
     config.check_batch(per_step, accumulation)
     freeze(model, phase)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    part = align_share if phase == "align" else 1.0  # of the run, at which the phase ends
-    run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", part, before)
+    end = align_share if phase == "align" else 1.0  # the share of the run at which the phase ends
+    run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before)
     run_model = config.maybe_compile(model, compile)
 
     while True:

@@ -160,8 +160,8 @@ def train(run, model, optimizers, data, reward, **about):
         rows = config.my_share(config.epoch_rows(len(groups), per_step, run.step, seed))  # of the training photos
         config.seed_step(seed, run.step)  # of augmentation and samples
         began, in_reward, drafts, said = time.perf_counter(), 0.0, [], []
-        for part in rows.chunk(accumulation):  # write captions, see what they are worth
-            photos, part = [groups[i] for i in part.tolist()], part.tolist()
+        for some in rows.chunk(accumulation):  # write captions, see what they are worth
+            photos, some = [groups[i] for i in some.tolist()], some.tolist()
             images = data["images"][[group[0]["images"][0] for group in photos]].to(dev)
             images = augment_photos(images, [mllm.answers(group) for group in photos], sft["crop"], sft["jitter"],
                                     sft["mirror"])  # as the captioner was trained
@@ -171,8 +171,8 @@ def train(run, model, optimizers, data, reward, **about):
             greedy = write(tokens) if baseline == "greedy" else None
             in_reward -= time.perf_counter()
             captions = to_words(sampled, tokenizer)
-            rewards = reward(captions, [i for i in part for _ in range(samples)]).view(-1, samples)  # (b, K)
-            greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), part)  # (b,)
+            rewards = reward(captions, [i for i in some for _ in range(samples)]).view(-1, samples)  # (b, K)
+            greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), some)  # (b,)
             in_reward += time.perf_counter()
             drafts.append((tokens, sampled, rewards, greedy_rewards))
             said += captions

@@ -1012,7 +1012,7 @@ def test_progress_is_by_whichever_of_steps_and_minutes_is_further():
         assert [progress(new_run(10, 0.0), step, 1e6) for step in (0, 5, 11)] == [0, 0.5, 1]
         assert progress(new_run(0, 1.0), 10 ** 6, 30) == 0.5
         assert progress(new_run(10, 1.0), 5, 54) == 0.9 and progress(new_run(10, 100.0), 5, 54) == 0.5
-        first = new_run(10, 2.0, part=0.5)  # a phase that ends in the middle
+        first = new_run(10, 2.0, end=0.5)  # a phase that ends in the middle
         assert progress(first, 4, 0) == 0.8 and progress(first, 5, 60) == 1
         second = new_run(10, 2.0, before=first)
         assert second.step == 5 and second.seconds() == 60 and progress(second, 5, 60) == 0

@@ -397,14 +397,14 @@ def set_aside(out_dir, dataset):
 class Run:
     """A training run, or a phase of it: how far it is, its log and its checkpoints."""
 
-    def __init__(self, stage, settings, dataset, model, optimizers, resumed, best="best.pt", part=1.0, before=None):
-        """resumed: the checkpoint that the run continues from. best: file name of the best checkpoint. part: of
-        max_steps and max_minutes, at which this phase ends. before: the Run of the phase before it."""
+    def __init__(self, stage, settings, dataset, model, optimizers, resumed, best="best.pt", end=1.0, before=None):
+        """resumed: the checkpoint that the run continues from. best: file name of the best checkpoint. end: the
+        share of max_steps and max_minutes at which this phase ends. before: the Run of the phase before it."""
         if settings["max_steps"] <= 0 and settings["max_minutes"] <= 0:
             fail("a run needs an end: max_steps or max_minutes above 0")
         self.stage, self.dataset, self.settings, self.out = stage, dataset, settings, Path(settings["out_dir"])
         self.model, self.optimizers, self.best_path, self.best = model, optimizers, self.out / best, -math.inf
-        self.max_steps, self.max_seconds = math.ceil(part * settings["max_steps"]), 60 * part * settings["max_minutes"]
+        self.max_steps, self.max_seconds = math.ceil(end * settings["max_steps"]), 60 * end * settings["max_minutes"]
         self.first = (before.step, before.seconds()) if before else resumed["first"] if resumed else (0, 0.0)
         (self.step, seconds), self.rows = self.first, before.rows if before else []  # of the log
         if resumed:
@@ -435,9 +435,9 @@ class Run:
     def progress(self):
         """How far the phase is, in [0, 1], by steps or by minutes, whichever is further; at 1 it is over. The same in
         all processes: the first one's clock decides."""
-        part = lambda now, first, last: (now - first) / max(last - first, 1e-9) if last > 0 else 0.0
-        self.done = min(1.0, max(part(self.step, self.first[0], self.max_steps),
-                                 part(self.seconds(), self.first[1], self.max_seconds)))
+        share = lambda now, first, last: (now - first) / max(last - first, 1e-9) if last > 0 else 0.0
+        self.done = min(1.0, max(share(self.step, self.first[0], self.max_steps),
+                                 share(self.seconds(), self.first[1], self.max_seconds)))
         if dist.is_initialized() and self.max_seconds > 0:
             done = torch.tensor([self.done], device=device_of(self.model))
             dist.broadcast(done, 0)
