@@ -5,8 +5,8 @@ Stage 4: self-critical sequence training (Rennie et al. 2017) raises the caption
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
 
-Expect the test CIDEr of config/flickr8k_cpu.py to go from 37 to 44, or from 34 to 42 with another seed: 22 minutes
-on two CPU cores with AMX.
+Expect the test CIDEr of config/flickr8k_cpu.py to go from 36 to 44, or from 34 to 42 with another seed: 22 minutes
+on two CPU cores with AVX512-BF16 or AMX.
 
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
