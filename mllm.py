@@ -1,21 +1,27 @@
 """
-Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and writes a caption.
+Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and writes a caption, or answers questions
+about one image, several, or a clip.
 
     python mllm.py                                      drawn shapes: no download, three minutes on two CPU cores
     python mllm.py --image=photo.png                    caption a picture with what that run has learnt
+    python mllm.py config/questions_cpu.py              questions about drawn images and clips: ten minutes
+    python mllm.py config/questions_cpu.py --image=a.png,b.png --prompt="what has changed?"
+    python mllm.py config/questions_cpu.py --image=clip.gif --chat=True
     python mllm.py config/flickr8k_cpu.py               photos, after the commands of README's "The chain on photos"
     python mllm.py config/flickr8k_cpu.py --image=photo.jpg --num_captions=5
     python mllm.py config/flickr8k_cpu.py --baselines=True                 what people and the nearest photos score
 
 Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 from config/flickr8k_cpu.py:
 26 minutes on two CPU cores with AVX512-BF16 or AMX.
-Training has two phases: `align` trains only what is new, the connector and any cross-attention, between a ViT and a GPT
-that are frozen as stages 1 and 2 left them; `sft` (supervised fine-tuning) trains all on the captions. A run writes
-log.csv, loss.png, captions.png, align.pt, sft.pt (the best on validation by CIDEr, or captions all right) and last.pt.
+Training has two phases: `align`, on captions alone, trains what is new, such as the connector, while what stages 1 and
+2 brought is frozen; `sft` (supervised fine-tuning) trains all on all samples. A run writes log.csv, loss.png,
+captions.png or answers.png, align.pt, sft.pt (the best on validation by CIDEr, or by right answers) and last.pt.
 """
 
+import contextlib
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +31,20 @@ import config
 from config.tools.data import augment_photos, load_photos, open_images, to_pixels
 from config.tools.metrics import bleu, caption_scores, cider, nearest_captions
 from config.tools.pictures import draw_places, plot, save_grid
+from config.tools.questions import draw_conversations
 from config.tools.shapes import attributes, draw_shapes
-from model import IGNORE_INDEX, IMAGE_ID, MLLM, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, evaluating, \
-    tokenizer_from_state
+from model import IGNORE_INDEX, IMAGE_ID, MLLM, BPETokenizer, Conversation, GPTConfig, MLLMConfig, ViTConfig, \
+    evaluating, tokenizer_from_state
 
 # the run
 out_dir = "out/shapes"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
 eval_split = "val"  # what eval_only and baselines evaluate: train, val or test
-image = ""  # caption this file, folder or URL and stop
+image = ""  # caption this file, folder or URL and stop; a.png,b.png: both together; an animated file: its frames
+prompt = ""  # ask this about image, instead
+chat = False  # talk about image in the terminal, turn by turn
+frames = 0  # images that a clip is read as, evenly spaced, and a folder with it; 0: as many as the model has learnt
 baselines = False  # print the scores of people, of the nearest photos' captions and of out_dir/sft.pt and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
@@ -51,7 +61,7 @@ word_dropout = 0.0  # share of the tokens that are hidden from the GPT while it 
 batch_size = 64  # photos per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
 captions_per_photo = 1  # captions per photo in a step: its image tokens are computed once
-max_tokens = 40  # longest caption
+max_tokens = 40  # longest text of a sample; one that is longer is cut at a turn
 # model: a checkpoint brings its own architecture
 vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empty: from nothing
 gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
@@ -69,7 +79,7 @@ gpt_embd = 128  # its channels
 dropout = 0.0  # in the ViT and the GPT
 label_smoothing = 0.0  # share of the target that is spread over all words; the log's train holds it, its val does not
 # optimization
-align_share = 0.0  # part of the run for the phase align; 0 where ViT and GPT start from nothing
+align_share = 0.0  # part of the run for the phase align: captions alone, and what a checkpoint brought is frozen
 train_vit = True  # the phase sft trains the ViT too
 max_steps = 0  # 0: max_minutes alone decides
 max_minutes = 2.0  # 0: max_steps alone decides; else whichever comes first
@@ -97,26 +107,62 @@ def caption_sample(i, caption=None):
     return {"images": [i], "messages": [{"role": "user", "content": "<image>"}, *answer]}
 
 
-def answers(group):
-    """The last answer of each sample of a group: the references of what the model is to write."""
-    return [sample["messages"][-1]["content"] for sample in group]
+def prompts_of(groups):
+    """What a model is asked in groups of samples: the samples up to where the assistant speaks, and for each what it
+    may say there. Equal ones are one, so a photo with five captions is a prompt with five references."""
+    found = {}
+    for sample in (sample for group in groups for sample in group):
+        for k, message in enumerate(sample["messages"]):
+            if message["role"] == "assistant":
+                prompt = sample | {"messages": sample["messages"][:k], "kind": message.get("kind", "caption")}
+                found.setdefault(repr(prompt), (prompt, []))[1].append(message["content"])
+    return [list(column) for column in zip(*found.values())]
+
+
+def texts_of(samples):
+    """All that is said in some samples."""
+    return [message["content"].replace("<image>", "") for sample in samples for message in sample["messages"]]
 
 
 def load_samples(dataset, image_size, n_drawn):
     """{images (n, 3, image_size, image_size) uint8, names: n, drawn: whether they are drawn here, tokenizer, splits:
     {train, val, test: groups of samples}}"""
-    if dataset == "shapes":
-        images, captions = draw_shapes(n_drawn, image_size, seed=0)
-        order, some = range(n_drawn), n_drawn // 20
-        splits = {"train": order[2 * some:], "val": order[:some], "test": order[some:2 * some]}
-        tokenizer = BPETokenizer.train((c for i in splits["train"] for c in captions[i]), 400)
-        names = [f"drawn image {i}" for i in order]
+    drawn = dataset in ("shapes", "questions")
+    if drawn:
+        if dataset == "shapes":
+            images, captions = draw_shapes(n_drawn, image_size, seed=0)
+            groups = [[caption_sample(i, c) for c in each] for i, each in enumerate(captions)]
+        else:
+            images, groups = draw_conversations(n_drawn, image_size, seed=0)
+        some, names = n_drawn // 20, [f"drawn image {i}" for i in range(len(images))]
+        splits = {"train": groups[2 * some:], "val": groups[:some], "test": groups[some:2 * some]}
+        tokenizer = BPETokenizer.train((text for group in splits["train"] for text in texts_of(group)), 400)
     else:
         images, table, tokenizer = load_photos(dataset, image_size)
-        names, captions, splits = table["names"], table["captions"], table["splits"]
-    groups = {split: [[caption_sample(i, c) for c in captions[i]] for i in rows] for split, rows in splits.items()}
-    return {"images": torch.from_numpy(images), "names": names, "drawn": dataset == "shapes", "tokenizer": tokenizer,
-            "splits": groups}
+        names = table["names"]
+        if "samples" in table:
+            splits = {split: by_images(samples) for split, samples in table["samples"].items()}
+        else:
+            splits = {split: [[caption_sample(i, c) for c in table["captions"][i]] for i in rows]
+                      for split, rows in table["splits"].items()}
+    asks = any(texts_of(group)[0] for group in splits["train"])
+    return {"images": torch.from_numpy(images), "names": names, "drawn": drawn, "asks": asks, "tokenizer": tokenizer,
+            "splits": splits}
+
+
+def by_images(samples):
+    """Samples -> groups of those about the same images; a sample without images is its own group."""
+    groups = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(tuple(sample["images"]) or i, []).append(sample)
+    return list(groups.values())
+
+
+def captions_of(data):
+    """data with those samples alone that describe one image without a question."""
+    captions = lambda group: [sample for sample in group if sample["messages"][0]["content"] == "<image>"]
+    return data | {"splits": {split: list(filter(None, map(captions, groups)))
+                              for split, groups in data["splits"].items()}}
 
 
 def encode_messages(messages, tokenizer, n_placeholders):
@@ -135,108 +181,185 @@ def encode_messages(messages, tokenizer, n_placeholders):
     return ids, said
 
 
+def cut(sample, model, data, to_learn):
+    """The sample without its last turns, as many as exceed the model's block_size; None where that is all of them. To
+    learn from, the last answer fits as well; to be asked, what stands before it."""
+    n, block_size = model.config.n_placeholders(data["images"].size(-1)), model.config.gpt.block_size
+    messages, room = sample["messages"], block_size + 1 if to_learn else block_size - 1
+    while messages:
+        if len(encode_messages(messages if to_learn else messages[:-1], data["tokenizer"], n)[0]) <= room:
+            return sample | {"messages": messages}
+        messages = messages[:-2]
+
+
+def fit(data, model):
+    """data with its samples cut() where they are too long; prints how many are."""
+    splits, before, after = {}, [], []
+    for split, groups in data["splits"].items():
+        splits[split] = [[short for sample in group if (short := cut(sample, model, data, split == "train"))]
+                         for group in groups]
+        splits[split] = [group for group in splits[split] if group]
+        before += [len(sample["messages"]) for group in groups for sample in group]
+        after += [len(sample["messages"]) for group in splits[split] for sample in group]
+    if sum(after) < sum(before):
+        print(f"context of {model.config.gpt.block_size} tokens: {(sum(before) - sum(after)) // 2:,} turns are cut "
+              f"off, and of {len(before) - len(after):,} samples nothing is left")
+    return data | {"splits": splits}
+
+
+def rows_of(samples):
+    """Samples, of which those in a list are about the same images -> lists of samples that stand in one row: all of a
+    list, where their images stand first, so that the images are read once for all of them; else each alone."""
+    rows = []
+    for group in samples:
+        opening = "<image>" * len(group[0]["images"])
+        first = all(sample["messages"][0]["content"].startswith(opening) for sample in group)
+        rows += [group] if first else [[sample] for sample in group]
+    return rows
+
+
 def collate(model, data, samples):
-    """Samples -> numbers, the list of their images, each once; which (n,), the place there of each sample's images in
-    order; inputs and targets (B, T), the targets one token later, and -1 where the assistant does not speak. What
-    exceeds the model's block_size is cut off. T is a multiple of 8: CPUs prepare a product anew for a new shape."""
-    tokenizer, block_size = data["tokenizer"], model.config.gpt.block_size
-    n = model.config.n_placeholders(data["images"].size(-1))
-    numbers = list(dict.fromkeys(i for sample in samples for i in sample["images"]))
-    which = torch.tensor([numbers.index(i) for sample in samples for i in sample["images"]])
-    rows = [encode_messages(sample["messages"], tokenizer, n) for sample in samples]
-    T = min(block_size, 8 * math.ceil((max(len(ids) for ids, _ in rows) - 1) / 8))
-    inputs, targets = torch.full((len(rows), T), tokenizer.pad_id), torch.full((len(rows), T), IGNORE_INDEX)
-    for row, target, (ids, said) in zip(inputs, targets, rows):
-        if len(ids) > block_size + 1:
-            ids, said = ids[:block_size] + [tokenizer.eos_id], said[:block_size + 1]
-        ids, said = torch.tensor(ids), torch.tensor(said)
-        row[:len(ids) - 1] = ids[:-1]
-        target[:len(ids) - 1] = ids[1:].where(said[1:], IGNORE_INDEX)
-    return numbers, which, inputs, targets
+    """Samples, in lists of those about the same images -> numbers, the list of their images, each once; which (n,), the
+    place there of each row's images in order; inputs, targets and segments (B, T): the targets are one token later, and
+    -1 where the assistant does not speak; segments as in MLLM, None where each row is one sample. T is a multiple of 8,
+    or block_size: CPUs prepare a product anew for a new shape."""
+    tokenizer, n, rows = data["tokenizer"], model.config.n_placeholders(data["images"].size(-1)), []
+    samples, block_size = rows_of(samples), model.config.gpt.block_size
+    for group in samples:
+        first = n * len(group[0]["images"])  # where the texts begin
+        row = [IMAGE_ID] * first, [False] * first, [0] * first
+        for segment, sample in enumerate(group, start=1):
+            ids, said = encode_messages(sample["messages"], tokenizer, n)
+            if ids[:first] != row[0][:first]:  # images among the text: a row of one sample
+                row, first = ([], [], []), 0
+            for column, new in zip(row, (ids[first:], said[first:], [segment] * len(ids[first:]))):
+                column.extend(new)
+        rows.append(row)
+    numbers = list(dict.fromkeys(i for group in samples for i in group[0]["images"]))
+    which = torch.tensor([numbers.index(i) for group in samples for i in group[0]["images"]], dtype=torch.long)
+    T = 8 * math.ceil((max(len(ids) for ids, *_ in rows) - 1) / 8)
+    inputs, targets, segments = (torch.full((len(rows), T), fill) for fill in (tokenizer.pad_id, IGNORE_INDEX, -1))
+    for i, (ids, said, segment) in enumerate(rows):
+        ids, said, last = torch.tensor(ids), torch.tensor(said), len(ids) - 1
+        inputs[i, :last], segments[i, :last] = ids[:-1], torch.tensor(segment[:-1])
+        targets[i, :last] = ids[1:].where(said[1:], IGNORE_INDEX)
+    if segments.max() <= 1:
+        return numbers, which, inputs[:, :block_size], targets[:, :block_size], None
+    return numbers, which, inputs, targets, segments
 
 
 def get_batch(model, data, samples):
     """collate() for training, on the model's device: augmented images (M, 3, H, W) instead of their numbers, and hidden
     words in the inputs. Draws from torch's global generator."""
     dev, tokenizer = config.device_of(model), data["tokenizer"]
-    numbers, which, inputs, targets = collate(model, data, samples)
-    texts = [[answers([sample])[0] for sample in samples if i in sample["images"]] for i in numbers]
+    numbers, which, inputs, targets, segments = collate(model, data, samples)
+    texts = [texts_of(sample for group in samples for sample in group if i in sample["images"]) for i in numbers]
     if word_dropout:
         hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= tokenizer.n_special)
         inputs = inputs.masked_fill(hidden, tokenizer.pad_id)
     images = augment_photos(data["images"][numbers].to(dev), texts, crop, jitter, mirror)
-    return images, which.to(dev), inputs.to(dev), targets.to(dev)
+    return images, *(None if tensor is None else tensor.to(dev) for tensor in (which, inputs, targets, segments))
 
 
 # evaluation ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def write_answers(model, images, tokenizer, samples, batch_size=250, **decoding):
+def encode_images(model, images, batch_size=250):
+    """(M, 3, H, W) -> (M, N, C) image tokens, on the model's device"""
+    with evaluating(model), config.autocast(model):
+        return torch.cat([model.encode(some.to(config.device_of(model))) for some in images.split(batch_size)])
+
+
+def prompts_by_length(model, data, samples, batch_size=250):
+    """What the model reads before it answers. Yields the numbers of some samples, b with equally many images and
+    equally long prompts; the ids (b, T) of these; and the numbers of all their images, in order."""
+    n, prompts, alike = model.config.n_placeholders(data["images"].size(-1)), [], {}
+    for i, sample in enumerate(samples):
+        prompts.append([*encode_messages(sample["messages"], data["tokenizer"], n)[0], data["tokenizer"].bos_id])
+        alike.setdefault((len(prompts[i]), len(sample["images"])), []).append(i)
+    for those in alike.values():
+        for rows in (those[i:i + batch_size] for i in range(0, len(those), batch_size)):
+            ids = torch.tensor([prompts[i] for i in rows], device=config.device_of(model))
+            yield rows, ids, [number for i in rows for number in samples[i]["images"]]
+
+
+@torch.no_grad()
+def answer_batches(model, data, samples, **decoding):
     """What the model says next in each sample's conversation, greedy unless decoding (what MLLM.generate() takes) says
-    otherwise: a list of n * num_captions str, sample by sample; whether the model ended each; and their (n *
-    num_captions, T) ids. images: (n, 3, H, W), which the samples index."""
-    texts, ended, written, dev = [], [], [], config.device_of(model)
-    n = model.config.n_placeholders(images.size(-1))
-    for first in range(0, len(samples), batch_size):
-        some = samples[first:first + batch_size]
-        prompts = [[*encode_messages(sample["messages"], tokenizer, n)[0], tokenizer.bos_id] for sample in some]
-        pixels = images[[i for sample in some for i in sample["images"]]].to(dev)
-        longest = model.config.gpt.block_size + 1 - len(prompts[0])
+    otherwise. Yields the numbers of some samples, the tokens of their images, their prompts' ids, and the ids that the
+    model wrote. data: at least images, an (n, 3, H, W) tensor that the samples index, and the tokenizer."""
+    numbers = sorted({i for sample in samples for i in sample["images"]})
+    tokens, where = encode_images(model, data["images"][numbers]), {number: i for i, number in enumerate(numbers)}
+    for rows, prompts, images in prompts_by_length(model, data, samples):
+        some = tokens[[where[i] for i in images]]
         with config.autocast(model):
-            ids = model.generate(pixels, torch.tensor(prompts, device=dev), longest, **decoding)
-        written.append(torch.nn.functional.pad(ids, (0, longest - ids.size(1)), value=tokenizer.eos_id))
-        texts += [tokenizer.decode(row) for row in ids.tolist()]
-        ended += [tokenizer.eos_id in row for row in ids.tolist()]
-        config.show_progress(f"captioning: {len(texts)} written")
+            yield rows, some, prompts, model.generate(some, prompts, model.config.gpt.block_size, **decoding)
+
+
+def write_answers(model, data, samples, **decoding):
+    """What the model says next in each sample's conversation, a list of str; and whether it ended each."""
+    answers = {}
+    for rows, _, _, ids in answer_batches(model, data, samples, **decoding):
+        answers |= {i: (data["tokenizer"].decode(row), data["tokenizer"].eos_id in row)
+                    for i, row in zip(rows, ids.tolist())}
+        config.show_progress(f"{len(answers)} answers written")
     config.show_progress("")
-    return texts, ended, torch.cat(written)
+    return [list(column) for column in zip(*(answers[i] for i in range(len(samples))))]
 
 
-def caption_mask(ids, eos_id):
-    """(n, T) written ids -> (n, T) mask of the caption: its end token is part of it, what follows is not."""
+def answer_mask(ids, eos_id):
+    """(n, T) written ids -> (n, T) mask of the answer: its end token is part of it, what follows is not."""
     return (ids == eos_id).cumsum(dim=1) - (ids == eos_id).long() == 0
 
 
-def caption_log_probs(model, tokens, ids):
-    """(n, N, C) image tokens, (n, T) ids written about them -> (n, T) log-probabilities; 0 after the end."""
-    prompts = model.caption_prompt(tokens)
-    mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), caption_mask(ids, model.config.eos_id)), dim=1)
+def answer_log_probs(model, tokens, prompts, ids):
+    """The log-probabilities (b * K, T) of ids (b * K, T), K answers to each of the prompts (b, Tp); 0 after their end.
+    tokens: (b * k, N, C), of the k images of each prompt."""
+    b, K = len(prompts), len(ids) // len(prompts)
+    tokens = tokens.unflatten(0, (b, len(tokens) // b)).repeat_interleave(K, dim=0).flatten(0, 1)
+    prompts = prompts.repeat_interleave(K, dim=0)
+    mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), answer_mask(ids, model.config.eos_id)), dim=1)
     return model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask)[:, prompts.size(1):]
 
 
 @torch.no_grad()
 def validation_loss(model, data, split, batch_size=250):
     """Mean loss in nats per token, of one sample per group: the first of the first, the second of the second, ..."""
-    samples = [group[i % len(group)] for i, group in enumerate(data["splits"][split])]
+    samples = [cut(group[i % len(group)], model, data, True) for i, group in enumerate(data["splits"][split])]
+    samples = [[sample] for sample in samples if sample]
+    if not samples:
+        config.fail(f"no sample of {split} fits the context of {model.config.gpt.block_size} tokens; raise max_tokens")
     total, count, dev = 0.0, 0, config.device_of(model)
     with evaluating(model), config.autocast(model):
         for first in range(0, len(samples), batch_size):
-            numbers, which, inputs, targets = collate(model, data, samples[first:first + batch_size])
+            numbers, which, inputs, targets, _ = collate(model, data, samples[first:first + batch_size])
             _, loss = model(data["images"][numbers][which].to(dev), inputs.to(dev), targets.to(dev))
             n = (targets != IGNORE_INDEX).sum().item()
             total, count = total + loss.item() * n, count + n
     return total / count
 
 
+def is_right(answer, references):
+    """Whether an answer is one of the references; or a caption of a drawn image has every attribute right."""
+    return answer in references or attributes(answer) == attributes(references[0]) != []
+
+
 def evaluate(model, data, split, **decoding):
-    """(scores, captions) of a split: those of caption_scores(), and for drawn images the share of captions in which
-    every attribute is right."""
-    groups = data["splits"][split]
-    prompts = [group[0] | {"messages": group[0]["messages"][:-1]} for group in groups]
-    captions, ended, _ = write_answers(model, data["images"], data["tokenizer"], prompts, **decoding)
-    references = [answers(group) for group in groups]
-    scores = caption_scores(captions, ended, references)
-    if data["drawn"]:
-        right = [attributes(c) == attributes(refs[0]) for c, refs in zip(captions, references)]
-        scores["all_right"] = 100 * float(np.mean(right))
-    return scores, captions
+    """(scores, answers) of a split, by greedy decoding unless decoding says otherwise: what caption_scores() gives; and
+    the share of the answers that are right, for drawn images and questions."""
+    prompts, references = prompts_of(data["splits"][split])
+    said, ended = write_answers(model, data, prompts, **decoding)
+    scores = caption_scores(said, ended, references)
+    if data["drawn"] or data["asks"]:
+        scores["right"] = 100 * float(np.mean(list(map(is_right, said, references))))
+    return scores, said
 
 
 def evaluate_both(model, data, split, beams, length_penalty):
     """(scores, captions) of evaluate(), greedy; with beam_cider and beam_bleu4, the scores of a beam search, and
     cider_others, against all references but the first, as people are scored."""
     scores, captions = evaluate(model, data, split)
-    others = [answers(group)[1:] for group in data["splits"][split]]
+    others = [refs[1:] for refs in prompts_of(data["splits"][split])[1]]
     if all(others):
         scores["cider_others"] = 100 * cider(captions, others)[0]
     if beams > 1:
@@ -245,17 +368,59 @@ def evaluate_both(model, data, split, beams, length_penalty):
     return scores, captions
 
 
-def draw_captions(path, data, groups, texts):
-    """Draw the image of each group with a text; photos with a human caption under it."""
-    humans = ["" if data["drawn"] else f"\nhuman: {answers(group)[0]}" for group in groups]
-    images = [data["images"][group[0]["images"][0]] for group in groups]
-    save_grid(path, images, [text + human for text, human in zip(texts, humans)])
+def other_images(prompts):
+    """The same questions about the images of another prompt, one with as many."""
+    alike, swapped = {}, list(prompts)
+    for i, prompt in enumerate(prompts):
+        alike.setdefault(len(prompt["images"]), []).append(i)
+    for rows in alike.values():
+        for i, j in zip(rows, rows[len(rows) // 2:] + rows[:len(rows) // 2]):
+            swapped[i] = prompts[i] | {"images": prompts[j]["images"]}
+    return swapped
+
+
+def print_kinds(model, data, split, answers):
+    """A table of how many of the answers are right, by kind of question and by number of images; beside it how many the
+    model has right with other_images(), and how many the commonest answer of the kind in training. Returns its numbers
+    as {column of the log: per cent}."""
+    prompts, references = prompts_of(data["splits"][split])
+    common = {}
+    for prompt, texts in zip(*prompts_of(data["splits"]["train"])):
+        common.setdefault(prompt["kind"], Counter()).update(texts)
+    said = {"right": answers, "other images": write_answers(model, data, other_images(prompts))[0],
+            "commonest": [common[prompt["kind"]].most_common(1)[0][0] for prompt in prompts]}
+    right = {name: [is_right(*pair) for pair in zip(each, references)] for name, each in said.items()}
+    rows, numbers = {}, {}
+    for i, prompt in enumerate(prompts):
+        about = ("no image", "one image", "two images", "video")[min(3, len(prompt["images"]))]
+        for name in (prompt["kind"], about, "all"):
+            rows.setdefault(name, []).append(i)
+    print(f"{split:<14}{'answers':>9}" + "".join(f"{name:>14}" for name in right))
+    for row, some in sorted(rows.items(), key=lambda item: len(item[1])):
+        shares = {name: 100 * float(np.mean([each[i] for i in some])) for name, each in right.items()}
+        print(f"{row:<14}{len(some):>9}" + "".join(f"{share:>13.1f}%" for share in shares.values()))
+        numbers |= {f"{name}, {row}": share for name, share in shares.items()}
+    return numbers
+
+
+def draw_answers(path, data, split, answers, n=12):
+    """Draw the images of n prompts of a split with the last question and the model's answer, and where it is not right,
+    with a reference under it."""
+    prompts, references = prompts_of(data["splits"][split])
+    seen, titles = [i for i, prompt in enumerate(prompts) if prompt["images"]], []
+    rows = seen[::max(1, len(seen) // n)][:n] if data["asks"] else seen[:n]
+    for i in rows:
+        question = prompts[i]["messages"][-1]["content"].replace("<image>", "")
+        wrong = f"\n({references[i][0]})" if data["asks"] and not is_right(answers[i], references[i]) else ""
+        titles.append((f"{question}\n" if question else "") + answers[i] + wrong)
+    save_grid(path, [torch.cat(tuple(data["images"][prompts[i]["images"]]), dim=2) for i in rows], titles)
 
 
 # the model -----------------------------------------------------------------------------------------------------------
 
-def build_model(tokenizer):
-    """A new MLLM, its ViT and GPT from vit_ckpt and gpt_ckpt where those are named; {part: where it came from}."""
+def build_model(tokenizer, max_images):
+    """A new MLLM for samples of up to max_images images, its ViT and GPT from vit_ckpt and gpt_ckpt where those are
+    named; {part: where it came from}."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
     gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
     origin = dict.fromkeys(("vit", "connector", "gpt"), "new")
@@ -271,8 +436,8 @@ def build_model(tokenizer):
             config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
     if fusion == "cross":
         gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every)
-    sizes = MLLMConfig(vit_config, gpt_config, connector)
-    room = dataclasses.replace(gpt_config, block_size=sizes.n_placeholders(image_size) + max_tokens)
+    sizes = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images))
+    room = dataclasses.replace(gpt_config, block_size=max_images * sizes.n_placeholders(image_size) + max_tokens)
     model = MLLM(dataclasses.replace(sizes, gpt=room))
     if vit_ckpt:  # of a classifier, or the ViT of CLIP; without its pooling and output layer
         prefix = "vit." if "vit" in vit["config"] else ""
@@ -288,14 +453,15 @@ def build_model(tokenizer):
 
 def freeze(model, phase):
     """Let only those parameters train that the phase trains, and say so."""
-    frozen = ["vit", "gpt"] if phase == "align" else [] if train_vit else ["vit"]
+    brought = [part for part, checkpoint in (("vit", vit_ckpt), ("gpt", gpt_ckpt)) if checkpoint]
+    frozen = brought if phase == "align" else [] if train_vit else ["vit"]
     for name, p in model.named_parameters():  # cross-attention is new, as the connector is
         p.requires_grad_(name.split(".")[0] not in frozen or ".cross_" in name)
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
 
 
-# using a captioner ---------------------------------------------------------------------------------------------------
+# using a model -------------------------------------------------------------------------------------------------------
 
 def load_captioner(path, stage, device, dtype):
     """(model, checkpoint) from a file that this stage or scst.py saved."""
@@ -305,63 +471,132 @@ def load_captioner(path, stage, device, dtype):
     return config.place(model, config.pick_device(device), dtype), checkpoint
 
 
-def data_of(checkpoint):
-    """The data that a captioner was trained on, as of load_samples(), with the tokenizer of its checkpoint."""
+def data_of(model, checkpoint):
+    """The data that a captioner was trained on, as of fit(), with the tokenizer of its checkpoint."""
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of this stage
     data = load_samples(sft["dataset"], sft["image_size"], sft["n_drawn"])
-    return data | {"tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}
+    return fit(data | {"tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}, model)
 
 
 @torch.no_grad()
-def words_and_places(model, tokenizer, pixels, caption):
-    """The words of a caption, and where the model looks as it writes each: a list of str, and (words, n) shares of the
-    image. pixels: (1, 3, H, W)."""
-    prompt = model.caption_prompt(model.encode(pixels))
+def words_and_places(model, tokenizer, tokens, prompt, answer):
+    """The words of an answer, and where the model looks as it writes each: a list of str, and (words, k * N) shares of
+    the images. tokens: (k, N, C), of the images; prompt: (1, T) ids."""
     room = model.config.gpt.block_size + 1 - prompt.size(1)
-    ids = torch.tensor(tokenizer.encode(caption)[:room], dtype=torch.long, device=prompt.device)
-    seen = model.attention_to_images(pixels, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]
+    ids = torch.tensor(tokenizer.encode(answer)[:room], dtype=torch.long, device=prompt.device)
+    seen = model.attention_to_images(tokens, torch.cat((prompt, ids[None, :-1]), dim=1))[0, prompt.size(1) - 1:]
     starts = [i for i, token in enumerate(ids.tolist()) if i == 0 or tokenizer.decode([token]).startswith(" ")]
     spans = [slice(*pair) for pair in zip(starts, [*starts[1:], len(ids)])]
     words = [tokenizer.decode(ids[span].tolist()).strip() for span in spans]
     return words, torch.stack([seen[span].mean(dim=0) for span in spans])
 
 
-def caption_files(model, checkpoint, settings):
-    """Print the captions of the images at settings["image"] with their log-probabilities, and draw them; of the first
-    images also where the model looked for each word."""
-    out, tokenizer = Path(settings["out_dir"]), tokenizer_from_state(checkpoint["tokenizer"])
-    (photos, broken), each = open_images(settings["image"]), settings["num_captions"]
-    inputs = torch.stack([to_pixels(photo, checkpoint["image_transform"]["size"]) for _, photo in photos])
-    prompts = [caption_sample(i) for i in range(len(photos))]
-    dev, log_probs = config.device_of(model), []
-    captions, _, ids = write_answers(
-        model, inputs, tokenizer, prompts, beams=max(settings["beams"], each), num_captions=each,
-        length_penalty=settings["length_penalty"], temperature=settings["temperature"],
-        generator=torch.Generator(dev).manual_seed(settings["seed"]))
-    with torch.no_grad(), evaluating(model), config.autocast(model):
-        for some, written in zip(inputs.split(50), ids.split(50 * each)):
-            tokens = model.encode(some.to(dev)).repeat_interleave(each, dim=0)
-            log_probs += caption_log_probs(model, tokens, written).sum(dim=1).tolist()
-    lines = [f"{caption}  (log p {log_p:.1f})" for caption, log_p in zip(captions, log_probs)]
-    for i, line in enumerate(lines):
-        print(f"{photos[i // each][0]}: {line}")
-    pictures = [to_pixels(photo, 256) for _, photo in photos]
-    titles = ["\n".join(lines[i:i + each]) for i in range(0, len(lines), each)]
-    save_grid(out / "captioned.png", pictures, titles, min(4, len(photos)))
-    print(f"wrote {out / 'captioned.png'}")
-    for i, picture in enumerate(pictures[:4]):
-        if captions[i * each]:
-            words, places = words_and_places(model, tokenizer, inputs[i:i + 1].to(dev), captions[i * each])
-            draw_places(out / f"places_{i + 1}_{Path(photos[i][0]).stem}.png", picture, words, places.cpu())
+def about_images(text, n, max_images):
+    """What a user says about n images: they stand first, unless <image> stands in the text as often."""
+    if n > max_images:
+        config.fail(f"{n} images at once; this model has learnt at most {max_images}")
+    if text.count("<image>") not in (0, n):
+        config.fail(f"<image> stands {text.count('<image>')} times in the prompt, and there are {n} images")
+    return text if "<image>" in text else "<image>" * n + text
+
+
+def read_inputs(model, checkpoint, settings):
+    """What a user asks: data as of load_samples() of the images at settings["image"], with pictures of them to draw; a
+    sample of each, or of several together, with settings["prompt"]; and the names of files that are no images."""
+    size, most, prompt = checkpoint["image_transform"]["size"], model.config.max_images, settings["prompt"]
+    sources, broken, samples, opened = [("no image", [])], [], [], []
+    if (prompt or settings["chat"]) and not checkpoint.get("asks"):
+        config.fail("this model has learnt captions and no questions; leave --prompt and --chat out")
+    if settings["image"]:
+        sources, broken = open_images(settings["image"], settings["frames"] or most, settings["frames"] > 0)
+    for name, some in sources:
+        if len(some) > most:
+            config.fail(f"{name}: {len(some)} images at once; this model has learnt at most {most}")
+        if prompt.count("<image>") not in (0, len(some)):
+            config.fail(f"<image> stands {prompt.count('<image>')} times in the prompt; {name}: {len(some)} images")
+        text = prompt if "<image>" in prompt else "<image>" * len(some) + prompt
+        samples.append({"images": list(range(len(opened), len(opened) + len(some))),
+                        "messages": [{"role": "user", "content": text}]})
+        opened += some
+    images, pictures = (torch.stack([to_pixels(image, side) for image in opened] or [torch.zeros(3, side, side)])
+                        for side in (size, 256))
+    return {"images": images[:len(opened)], "pictures": pictures, "names": [name for name, _ in sources],
+            "tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}, samples, broken
+
+
+def answer_files(model, checkpoint, settings):
+    """Print what the model says about a user's images, with log-probabilities, and draw it; of the first images also
+    where the model looked for each word."""
+    data, samples, broken = read_inputs(model, checkpoint, settings)
+    out, each, dev, lines, looks = Path(settings["out_dir"]), settings["num_captions"], config.device_of(model), {}, {}
+    for rows, tokens, prompts, ids in answer_batches(
+            model, data, samples, beams=max(settings["beams"], each), num_captions=each,
+            length_penalty=settings["length_penalty"], temperature=settings["temperature"],
+            generator=torch.Generator(dev).manual_seed(settings["seed"])):
+        said = [data["tokenizer"].decode(row) for row in ids.tolist()]
+        with torch.no_grad(), evaluating(model), config.autocast(model):
+            log_probs = answer_log_probs(model, tokens, prompts, ids).sum(dim=1).tolist()
+            for j, (i, own) in enumerate(zip(rows, tokens.chunk(len(rows)))):  # own: (k, N, C), of its k images
+                lines[i] = [f"{said[k]}  (log p {log_probs[k]:.1f})" for k in range(j * each, (j + 1) * each)]
+                if i < 4 and said[j * each] and samples[i]["images"]:
+                    looks[i] = words_and_places(model, data["tokenizer"], own, prompts[j:j + 1], said[j * each])
+    for i, name in enumerate(data["names"]):
+        for line in lines[i]:
+            print(f"{name}: {line}")
+    if settings["image"]:
+        strips = [torch.cat(tuple(data["pictures"][sample["images"]]), dim=2) for sample in samples]
+        asked = [settings["prompt"]] if settings["prompt"] else []
+        save_grid(out / "captioned.png", strips, ["\n".join(asked + lines[i]) for i in range(len(samples))])
+        print(f"wrote {out / 'captioned.png'}")
+    for i, (words, places) in sorted(looks.items()):
+        path = out / f"places_{i + 1}_{Path(data['names'][i].split(',')[0]).stem}.png"
+        draw_places(path, data["pictures"][samples[i]["images"]], words, places.float().cpu())
     if broken:
         config.fail(f"not images that Pillow can read: {', '.join(broken)}")
+
+
+def talk(model, checkpoint, settings):
+    """Talk about a user's images in the terminal, until an empty line or the end of the input."""
+    data, samples, _ = read_inputs(model, checkpoint, settings)
+    if len(samples) > 1:
+        config.fail("a chat is about one image, several (--image=a.png,b.png) or a clip (a folder with --frames=8)")
+    dev, tokenizer, block_size = config.device_of(model), data["tokenizer"], model.config.gpt.block_size
+    conversation = None
+    images, generator = data["images"].to(dev), torch.Generator(dev).manual_seed(settings["seed"])
+    opening = [IMAGE_ID] * (model.config.n_placeholders(images.size(-1)) * len(images))
+    print("ask; an empty line ends the chat")
+    with contextlib.suppress(EOFError), config.autocast(model):
+        while text := input("> ").strip():
+            ids = tokenizer.encode(text)
+            if len(opening) + len(ids) + 2 > block_size:
+                print(f"(too long for the context of {block_size} tokens)")
+                continue
+            if conversation and conversation.ids.size(1) + len(ids) + 32 > block_size:
+                print("(the context is full: what was said until here is forgotten)")
+                conversation = None
+            if not conversation:
+                conversation, ids = Conversation(model, images), opening + ids
+            written, shown = [], ""
+            for token in conversation.answer(torch.tensor([ids], device=dev), settings["temperature"], generator):
+                written.append(token)
+                said = tokenizer.decode(written)
+                if not said.endswith("\ufffd"):  # a letter of which not all bytes are there yet
+                    print(said[len(shown):], end="", flush=True)
+                    shown = said
+            print()
 
 
 def print_baselines(model, data, split):
     """A table of what people, the nearest training photos' captions and the model (or None) score on a split, all
     against the references but the first, which is the caption of the people."""
-    texts = {group[0]["images"][0]: answers(group) for groups in data["splits"].values() for group in groups}
-    train, photos = ([group[0]["images"][0] for group in data["splits"][name]] for name in ("train", split))
+    if data["asks"]:
+        config.fail("the baselines are captions; these samples hold questions")
+    photos, texts = {}, {}
+    for name, groups in data["splits"].items():
+        prompts, references = prompts_of(groups)
+        photos[name] = [prompt["images"][0] for prompt in prompts]
+        texts |= zip(photos[name], references)
+    train, photos = photos["train"], photos[split]
     captions, others = {"people": [texts[p][0] for p in photos]}, [texts[p][1:] for p in photos]
     if not all(others):
         config.fail("to compare people with each other takes two captions of each photo")
@@ -375,14 +610,19 @@ def print_baselines(model, data, split):
 
 
 def use(path, stage, settings):
-    """What --image, --eval_only or --baselines asks of the captioner at path; settings: of this stage or scst.py."""
+    """What --image, --prompt, --chat, --eval_only or --baselines asks of the model at path; settings: of this stage or
+    scst.py."""
     model, checkpoint = load_captioner(path, stage, settings["device"], settings["dtype"])
-    if settings["image"]:
-        return caption_files(model, checkpoint, settings)
-    data, split = data_of(checkpoint), settings["eval_split"]
+    if settings["chat"]:
+        return talk(model, checkpoint, settings)
+    if settings["image"] or settings["prompt"]:
+        return answer_files(model, checkpoint, settings)
+    data, split = data_of(model, checkpoint), settings["eval_split"]
     if not settings["eval_only"]:
         return print_baselines(model, data, split)
-    scores, _ = evaluate_both(model, data, split, settings["beams"], settings["length_penalty"])
+    scores, said = evaluate_both(model, data, split, settings["beams"], settings["length_penalty"])
+    if "right" in scores:
+        print_kinds(model, data, split, said)
     print(f"{path}, step {checkpoint['step']}, {split}: "
           + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
@@ -391,6 +631,10 @@ def use(path, stage, settings):
 
 def train(model, data, phase, settings, resumed, before):
     """One phase of training, after the run before, if there was one; returns its config.Run."""
+    if phase == "align":
+        data = captions_of(data)
+        if not data["splits"]["train"] or not data["splits"]["val"]:
+            config.fail("align_share: the phase align learns captions, and no sample is one image and its caption")
     groups, dev = data["splits"]["train"], config.device_of(model)
     per_step = min(batch_size, len(groups))  # photos
     config.check_batch(per_step, accumulation)
@@ -410,30 +654,33 @@ def train(model, data, phase, settings, resumed, before):
                 if phase == "sft":
                     scores, captions = evaluate(model, data, "val")
                     # for drawn images CIDEr tells which of the five wordings it chose, more than whether it is right
-                    score = scores.get("all_right", scores["cider"])
-                    draw_captions(run.out / "captions.png", data, data["splits"]["val"][:12], captions)
+                    score = scores.get("right", scores["cider"])
+                    draw_answers(run.out / ("answers.png" if data["asks"] else "captions.png"), data, "val", captions)
                 scores = {f"val_{name}": value for name, value in scores.items()}
-                brief = ("val_cider", "val_bleu4", "val_shuffled", "val_all_right")
+                brief = ("val_cider", "val_bleu4", "val_shuffled", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
                 run.log(numbers, factor * adam_lr, per_step * captions_per_photo, "captions", file_only=scores)
-                run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase)
+                run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase,
+                         asks=data["asks"])
         if progress == 1:
             break
         draw, samples = config.shared_generator(seed, run.step), []
         for i in config.epoch_rows(len(groups), per_step, run.step, seed).tolist():
-            order = torch.randperm(len(groups[i]), generator=draw).tolist()  # a photo with fewer captions repeats them
-            samples.append([groups[i][order[j % len(order)]] for j in range(captions_per_photo)])
+            order = torch.randperm(len(groups[i]), generator=draw).tolist()
+            samples.append([groups[i][j] for j in order[:captions_per_photo]])
         config.seed_step(seed, run.step)  # of augmentation and dropout
         samples = config.my_share(samples)
+        samples.sort(key=lambda some: len(some[0]["images"]))  # stable: rows of a part are about equally long
         b = len(samples) // accumulation
-        parts = [get_batch(model, data, sum(samples[i:i + b], [])) for i in range(0, len(samples), b)]
-        counts = [(targets != IGNORE_INDEX).sum().item() for *_, targets in parts]
+        parts = [get_batch(model, data, samples[i:i + b]) for i in range(0, len(samples), b)]
+        counts = [(targets != IGNORE_INDEX).sum().item() for _, _, _, targets, _ in parts]
         n_targets, = config.sum_numbers(sum(counts), device=dev)  # of the whole batch
         loss = 0.0
-        for (images, which, inputs, targets), n in zip(parts, counts):
+        for (images, which, inputs, targets, segments), n in zip(parts, counts):
             with config.autocast(model):
-                tokens = model.encode(images)[which]  # (n, N, C): samples about the same image share its tokens
-                part = run_model(tokens, inputs, targets, label_smoothing)[1] * n / n_targets  # of the batch's loss
+                tokens = model.encode(images)[which]  # (n, N, C)
+                _, mean = run_model(tokens, inputs, targets, label_smoothing, segments)
+                part = mean * n / n_targets  # of the batch's loss
             part.backward()
             loss += part.detach()
         run.advance(config.update(model, optimizers, loss, factor, grad_clip))
@@ -444,7 +691,7 @@ def train(model, data, phase, settings, resumed, before):
 @config.one_line_errors
 def main(argv=None):
     settings, out = config.override(globals(), argv), Path(out_dir)
-    if image or eval_only or baselines and (out / "sft.pt").is_file():
+    if image or prompt or chat or eval_only or baselines and (out / "sft.pt").is_file():
         return use(out / "sft.pt", "mllm", settings)
     data = load_samples(dataset, image_size, n_drawn)
     if baselines:
@@ -455,8 +702,9 @@ def main(argv=None):
     if resumed:
         model, origin = MLLM(MLLMConfig.from_dict(resumed["config"])), {"vit": out, "connector": out, "gpt": out}
     else:
-        model, origin = build_model(data["tokenizer"])
-    model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
+        most = max(len(sample["images"]) for groups in data["splits"].values() for group in groups for sample in group)
+        model, origin = build_model(data["tokenizer"], most)
+    model, data = config.place(model, dev, resumed["dtype"] if resumed else dtype), fit(data, model)
     print(f"{dataset}: " + ", ".join(f"{len(groups):,} photos to {split}" for split, groups in data["splits"].items())
           + f"; {model.config.n_image_tokens(image_size)} image tokens each; on {dev}")
     for part, where in origin.items():
@@ -469,15 +717,14 @@ def main(argv=None):
 
     if not config.is_main():
         return
-    plot(out, right=("val_cider",))
+    plot(out, right=("val_right" if data["drawn"] or data["asks"] else "val_cider",))
     model.load_state_dict(config.load(out / "sft.pt", "mllm")["model"])
-    scores, _ = evaluate_both(model, data, "test", beams, length_penalty)
-    run.log({}, file_only={f"test_{name}": value for name, value in scores.items()})
+    scores, said = evaluate_both(model, data, "test", beams, length_penalty)
+    kinds = print_kinds(model, data, "test", said) if "right" in scores else {}
+    run.log({}, file_only={f"test_{name}": value for name, value in (scores | kinds).items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-    if "all_right" in scores:
-        print(f"held-out drawn images whose caption has every attribute right: {scores['all_right']:.1f}%")
-    print(f"best validation {'share all right' if data['drawn'] else 'CIDEr'} {run.best:.2f} after "
-          f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/captions.png, loss.png, sft.pt")
+    print(f"best validation {'share right' if 'right' in scores else 'CIDEr'} {run.best:.2f} after "
+          f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/*.png, sft.pt")
 
 
 if __name__ == "__main__":

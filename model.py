@@ -216,6 +216,11 @@ class KVCache:
             self.k, self.v = self.k[rows], self.v[rows]
 
 
+def rows_at(table, start, T):
+    """(max_len, C) -> (T, C), the rows from start on; or, where start is a (B, T) tensor, (B, T, C), those rows."""
+    return table[start] if torch.is_tensor(start) else table[start:start + T]
+
+
 class RotaryEmbedding(nn.Module):
     """Rotary positions (RoFormer, Su et al. 2021): each pair of channels is rotated by an angle proportional to the
     position, so that a query and a key see only their distance. Channel i pairs with i + head_dim / 2."""
@@ -229,8 +234,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
 
     def forward(self, x, start=0):
-        """x: (B, n_head, T, head_dim) at the positions start, start + 1, ..."""
-        cos, sin = (table[start:start + x.size(-2)].to(x.dtype) for table in (self.cos, self.sin))  # (T, head_dim)
+        """x: (B, n_head, T, head_dim) at the positions start, start + 1, ...; or start: (B, T), the positions."""
+        cos, sin = (rows_at(table, start, x.size(-2)).to(x.dtype) for table in (self.cos, self.sin))  # (T, head_dim)
+        if cos.dim() == 3:
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, head_dim)
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -255,16 +262,18 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, n_head, T, head_dim)
 
-    def forward(self, x, memory=None, mask=None, causal=False, cache=None):
+    def forward(self, x, memory=None, mask=None, causal=False, cache=None, positions=None):
         """x: (B, Tq, C); memory: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend; causal: a
-        query sees the keys up to its own position. cache: a KVCache; for self-attention x continues what it holds, for
-        cross-attention it keeps the memory's keys and values after the first call."""
+        query sees the keys up to its own place. cache: a KVCache; for self-attention x continues what it holds, for
+        cross-attention it keeps the memory's keys and values after the first call. positions: (B, Tq), of the rotary
+        embedding, where they are not 0, 1, 2, ..."""
         B, Tq, C = x.shape
         start = 0 if cache is None else cache.length
         if memory is None:
             q, k, v = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
             if self.rotary is not None:
-                q, k = self.rotary(q, start), self.rotary(k, start)
+                where = start if positions is None else positions
+                q, k = self.rotary(q, where), self.rotary(k, where)
         else:
             q_weight, kv_weight = self.qkv.weight.split((C, 2 * C))
             q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((C, 2 * C))
@@ -382,7 +391,7 @@ class SinusoidalPositionalEncoding(nn.Module):
 
     def forward(self, x, start=0):
         """x: (B, T, C) at the positions start, start + 1, ..."""
-        return x + self.table[start:start + x.size(1)]
+        return x + rows_at(self.table, start, x.size(1))
 
 
 class LearnedPositionalEncoding(nn.Module):
@@ -393,7 +402,7 @@ class LearnedPositionalEncoding(nn.Module):
         self.positions = nn.Parameter(torch.zeros(max_len, n_embd))
 
     def forward(self, x, start=0):
-        return x + self.positions[start:start + x.size(1)]
+        return x + rows_at(self.positions, start, x.size(1))
 
 
 # 4. blocks -----------------------------------------------------------------------------------------------------------
@@ -429,10 +438,10 @@ class DecoderBlock(EncoderBlock):
         self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias) if cross else None
         self.cross_gate = nn.Parameter(torch.zeros(1)) if cross and gated else None
 
-    def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None):
+    def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None, positions=None):
         """x: (B, T, C); memory: (B, Tm, C) or None: no cross-attention; cache: KVCache of self- and of cross-attn."""
         self_cache, cross_cache = cache or (None, None)
-        x = x + self.drop(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache))
+        x = x + self.drop(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache, positions=positions))
         if self.cross_attn is not None and memory is not None:
             attended = self.cross_attn(self.cross_norm(x), memory, memory_mask, cache=cross_cache)
             x = x + self.drop(attended if self.cross_gate is None else self.cross_gate.tanh() * attended)
@@ -489,10 +498,10 @@ class TransformerDecoder(nn.Module):
     def new_caches(self, max_len, memory_len=0):
         return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]  # empty, for forward(caches=...)
 
-    def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None):
+    def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None, positions=None):
         """(B, T, C) -> (B, T, C); mask: in addition to the causal one, such as padding_mask(ids, pad_id)."""
         for i, block in enumerate(self.blocks):
-            x = block(x, memory, mask, memory_mask, caches[i] if caches else None)
+            x = block(x, memory, mask, memory_mask, caches[i] if caches else None, positions)
         return self.norm(x)
 
 
@@ -693,15 +702,17 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         init_weights(self)
 
-    def hidden(self, x, caches=None, memory=None, memory_mask=None):
+    def hidden(self, x, caches=None, memory=None, memory_mask=None, mask=None, positions=None):
         """(B, T, C) embeddings -> (B, T, C), ready for self.head. caches: of self.decoder.new_caches(); memory: (B, Tm,
-        C), what the blocks with cross-attention attend to, where memory_mask (B, 1, T, Tm) allows it."""
+        C), what the blocks with cross-attention attend to, where memory_mask (B, 1, T, Tm) allows it. mask (B, 1, T,
+        T), in addition to the causal one, and positions (B, T) serve several texts in one row; see MLLM."""
         start = caches[0][0].length if caches else 0
-        if start + x.size(1) > self.config.block_size:
-            raise ValueError(f"{start + x.size(1)} positions do not fit block_size={self.config.block_size}")
+        last = start + x.size(1) if positions is None else int(positions.max()) + 1
+        if last > self.config.block_size:
+            raise ValueError(f"{last} positions do not fit block_size={self.config.block_size}")
         if self.position is not None:
-            x = self.position(x, start)
-        return self.decoder(self.drop(x), memory, memory_mask=memory_mask, caches=caches)
+            x = self.position(x, start if positions is None else positions)
+        return self.decoder(self.drop(x), memory, mask, memory_mask, caches, positions)
 
     def forward(self, ids, targets=None):
         """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
@@ -857,6 +868,7 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
     connector: str = "mlp"  # or linear, pixel_shuffle
+    max_images: int = 1  # that may stand side by side; where they are attended, an embedding tells which is which
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
@@ -888,15 +900,19 @@ class MLLM(nn.Module):
     - cross (config.gpt.cross_every > 0): one placeholder, a marker, stands for a whole image. Its embedding is the same
       for all images; the image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022). A
       word attends to the images that stand last before it; images that stand side by side count together.
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), which several texts may share."""
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode().
+    Several texts about the same images may stand in one row, after the images, which are read once: segments (B, T) is
+    0 for the images, 1 for the first text, 2 for the second, ..., -1 for padding; a text sees the images and itself."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
-        self.marker = nn.Embedding(1, config.gpt.n_embd) if config.gpt.cross_every else None
-        init_weights(nn.ModuleList([self.connector, self.marker]))
+        cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
+        self.marker = nn.Embedding(1, n_embd) if cross else None
+        self.order = nn.Embedding(config.max_images, n_embd) if cross and config.max_images > 1 else None
+        init_weights(nn.ModuleList([self.connector, self.marker, self.order]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
     def encode(self, images):
@@ -920,17 +936,31 @@ class MLLM(nn.Module):
             return x, None, None
         so_far = is_image.cumsum(dim=1)  # (B, T), how many images stand up to here
         K = int(so_far[:, -1].max())  # the most images of a row
-        memory = tokens.new_zeros(len(ids), K, N, C)
-        memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
         starts = is_image & ~F.pad(is_image, (1, -1))  # an image without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first image of the last group
+        if self.order is not None:  # without it, images that stand side by side are a set
+            places = (so_far - 1 - first)[is_image]  # (M,)
+            if places.max() >= self.config.max_images:
+                raise SettingError(f"{places.max() + 1} images side by side, and max_images={self.config.max_images}")
+            tokens = tokens + self.order(places)[:, None]  # (M, N, C)
+        memory = tokens.new_zeros(len(ids), K, N, C)
+        memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
         image = torch.arange(K, device=tokens.device)
         mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
         return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
 
-    def hidden(self, images, ids):
+    def hidden(self, images, ids, segments=None):
         x, memory, memory_mask = self.embed(images, ids)
-        return self.gpt.hidden(x, memory=memory, memory_mask=memory_mask)  # (B, T, C), ready for the GPT's head
+        mask = positions = None
+        if segments is not None:
+            mask = (segments[:, :, None] == segments[:, None, :]) | (segments == 0)[:, None, :]  # (B, T, T)
+            first = (segments == 0).sum(dim=1, keepdim=True)  # (B, 1), the position of the first word of each text
+            place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
+            begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+            begin = torch.where(begins, place, 0).cummax(dim=1).values  # (B, T), where the text of each word begins
+            positions = torch.where(segments < 0, 0, place - begin + first * (segments > 0))  # (B, T)
+            mask = mask[:, None]
+        return self.gpt.hidden(x, None, memory, memory_mask, mask, positions)  # (B, T, C), ready for the GPT's head
 
     def caption_prompt(self, tokens):
         """(B, N, C) image tokens -> (B, T) ids that ask for a caption of each image: its placeholders, then bos."""
@@ -945,10 +975,10 @@ class MLLM(nn.Module):
         padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a product anew for each new size
         return self.gpt.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
 
-    def forward(self, images, ids, targets=None, label_smoothing=0.0):
+    def forward(self, images, ids, targets=None, label_smoothing=0.0, segments=None):
         """(B, T) ids -> (B, T, vocab_size) logits and None. With targets (B, T), -1 = ignored: None and the loss, since
         the output layer then runs only where there is a target."""
-        x = self.hidden(images, ids)
+        x = self.hidden(images, ids, segments)
         if targets is None:
             return self.gpt.head(x), None
         logits, where = self._scored_logits(x, targets)
@@ -978,7 +1008,7 @@ class MLLM(nn.Module):
             ids = self.caption_prompt(tokens) if ids is None else ids
             room = c.gpt.block_size - ids.size(1) + 1  # the last token is not read again
             if room < 1:
-                raise ValueError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
+                raise SettingError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
             n = min(max_new_tokens, room)
             read = dict(zip(("embeddings", "memory", "memory_mask"), self.embed(tokens, ids)))
             if beams > 1 and not temperature:
@@ -1006,6 +1036,39 @@ class MLLM(nn.Module):
             for attn in layers:
                 attn.keep_weights, attn.attn_weights = False, None
         return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+
+
+class Conversation:
+    """A conversation with an MLLM that goes on turn by turn. What was read is kept in the caches and not read again."""
+
+    def __init__(self, model, images):
+        """images: (M, 3, H, W), all that the conversation is about, in the order of their placeholders."""
+        with torch.no_grad(), evaluating(model):
+            self.model, self.tokens = model, model.encode(images)  # (M, N, C)
+        self.ids = torch.empty(1, 0, dtype=torch.long, device=self.tokens.device)
+        self.caches = model.gpt.decoder.new_caches(model.config.gpt.block_size, self.tokens.shape[:2].numel())
+
+    @torch.no_grad()
+    def read(self, ids):
+        """(1, T) ids that come next -> (1, T, vocab_size) logits; ValueError where block_size ends."""
+        self.ids, start = torch.cat((self.ids, ids), dim=1), self.ids.size(1)
+        each = 1 if self.model.gpt.config.cross_every else self.tokens.size(1)  # placeholders of an image
+        with evaluating(self.model):
+            x, memory, mask = self.model.embed(self.tokens[:(self.ids == IMAGE_ID).sum() // each], self.ids)  # a lookup
+            mask = None if mask is None else mask[:, :, start:]
+            return self.model.gpt.head(self.model.gpt.hidden(x[:, start:], self.caches, memory, mask))
+
+    def answer(self, ids, temperature=0.0, generator=None):
+        """Reads (1, T) ids of what the user says, then bos, and yields the ids of the answer as they are written, eos
+        not among them. The answer ends where block_size ends."""
+        c = self.model.config
+        logits = self.read(F.pad(ids, (0, 1), value=c.bos_id))
+        while self.ids.size(1) < c.gpt.block_size:
+            token = sample_next(logits[:, -1], temperature, generator=generator)
+            logits = self.read(token[:, None])
+            if token == c.eos_id:
+                return
+            yield token.item()
 
 
 @dataclass

@@ -4,10 +4,13 @@ Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, 
     python prepare_flickr8k.py                                   6,000 / 1,000 / 1,000 photos of 96x96 pixels
     python prepare_flickr8k.py --source=DIR --out_dir=data/mine  your own: DIR/*.jpg (or DIR/Images), DIR/captions.txt
                                                                  with lines `image,caption`; split 80/10/10 by photo
+                                                                 or conversations, DIR/*.jsonl, in the layouts of
+                                                                 config/tools/conversations.py
 
 Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
-each split; tokenizer.json, a BPE trained on the training captions; and {train,val,test}.npy, the captions as one stream
-of token ids for gpt.py. Captions are stored as the model is to write them: lower case, no full stop at the end.
+each split, or with the conversations of each split; tokenizer.json, a BPE trained on the training texts; and
+{train,val,test}.npy, the texts as one stream of token ids for gpt.py. Captions are stored as the model is to write
+them, lower case and without a full stop at the end; conversations as they are.
 """
 
 import csv
@@ -20,11 +23,12 @@ import numpy as np
 from PIL import Image
 
 import config
+from config.tools.conversations import read_conversations, split_by_image
 from config.tools.data import download, save_array, save_json, to_pixels
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
-source = ""  # a folder of your own photos with a captions.txt; empty: Flickr8k
+source = ""  # a folder of your own photos with a captions.txt or *.jsonl; empty: Flickr8k
 size = 96  # pixels a side; photos are squeezed to squares
 vocab_size = 4096  # of the tokenizer, special ids and bytes included
 
@@ -57,11 +61,16 @@ def read_flickr8k(out):
     return captions, splits, lambda name: Image.open(photos.open(paths[name]))  # which checks the CRC at the end
 
 
+def images_of(folder):
+    return folder / "Images" if (folder / "Images").is_dir() else folder
+
+
 def read_folder(folder):
     """The same for a folder of one's own; the splits are drawn by photo, with a fixed seed."""
     file = folder / "captions.txt"
     if not file.is_file():
-        config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}")
+        config.fail(f"{file} is missing: a line `image,caption` for each caption of each image in {folder}; or "
+                    "conversations in *.jsonl")
     captions = {}
     with open(file, newline="", encoding="utf-8-sig") as f:
         for row in csv.reader(f):
@@ -69,7 +78,7 @@ def read_folder(folder):
             if text and (row[0], text) != ("image", "caption"):
                 text = text.removeprefix('"').removesuffix('"') if text[0] == '"' else text  # quoted behind a space
                 captions.setdefault(row[0], []).append(clean(text))
-    images = folder / "Images" if (folder / "Images").is_dir() else folder
+    images = images_of(folder)
     for name in captions:
         if not (images / name).is_file():
             config.fail(f"{file} speaks of {name}, which is not in {images}")
@@ -82,42 +91,76 @@ def read_folder(folder):
     return captions, splits, lambda name: Image.open(images / name)
 
 
+def caption_table(captions, splits):
+    """The names of the photos, and the table for captions.json."""
+    names = [name for photos in splits.values() for name in photos]
+    index = {name: i for i, name in enumerate(names)}
+    return names, {"captions": [captions[name] for name in names],
+                   "splits": {split: [index[name] for name in photos] for split, photos in splits.items()}}
+
+
+def conversation_table(samples):
+    """The same of conversations; the names stand for the images of the samples."""
+    names = list(dict.fromkeys(name for sample in samples for name in sample["images"]))
+    index = {name: i for i, name in enumerate(names)}
+    splits = split_by_image(samples)
+    return names, {"samples": {split: [sample | {"images": [index[name] for name in sample["images"]]}
+                                       for sample in some] for split, some in splits.items()}}
+
+
+def texts_of(table, split):
+    """The conversations of a split, each a list of texts by turns of user and assistant."""
+    if "samples" in table:
+        return [[message["content"].replace("<image>", "") for message in sample["messages"]]
+                for sample in table["samples"][split]]
+    return [["", caption] for i in table["splits"][split] for caption in table["captions"][i]]
+
+
 @config.one_line_errors
 def main(argv=None):
     config.override(globals(), argv)
-    out = Path(out_dir)
+    out, folder, named = Path(out_dir), Path(source), {}
     if source and out == Path("data/flickr8k"):
         config.fail("your own photos need a folder of their own beside Flickr8k's, such as --out_dir=data/mine")
+    files = sorted(folder.glob("*.jsonl")) if source else []
+    if files and (folder / "captions.txt").is_file():
+        config.fail(f"{folder} holds both captions.txt and {files[0].name}; move one of them away")
     try:
-        captions, splits, open_photo = read_folder(Path(source)) if source else read_flickr8k(out)
+        if files:
+            samples, named = read_conversations(files, images_of(folder))
+            (names, table), open_photo = conversation_table(samples), lambda name: Image.open(images_of(folder) / name)
+        else:
+            captions, splits, open_photo = read_folder(folder) if source else read_flickr8k(out)
+            names, table = caption_table(captions, splits)
     except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
         config.fail(f"an archive in {out} is broken ({e}); delete it and run this again")
     except UnicodeDecodeError as e:
         config.fail(f"captions.txt is not UTF-8 ({e})")
     out.mkdir(parents=True, exist_ok=True)
-    names = [name for split in splits.values() for name in split]
     images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
     for i, name in enumerate(names):
         try:
             images[i] = to_pixels(open_photo(name), size).numpy()
         except (OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as e:
-            config.fail(f"{name} cannot be read as an image ({e})")
+            where = f"{named[name]}: " if name in named else ""
+            config.fail(f"{where}{name} cannot be read as an image ({e})")
         if i % 100 == 0:
             config.show_progress(f"packing photo {i}/{len(names)}")
     config.show_progress("")
     save_array(out / "images.npy", images)
 
-    index = {name: i for i, name in enumerate(names)}
-    tokenizer = BPETokenizer.train((c for name in splits["train"] for c in captions[name]), vocab_size)
-    for split, photos in splits.items():  # shuffled: in the stream no caption stands beside another of its photo
-        texts = [c for name in photos for c in captions[name]]
-        random.Random(0).shuffle(texts)
-        ids = [i for c in texts for i in (tokenizer.bos_id, *tokenizer.encode(c), tokenizer.eos_id)]
+    tokenizer = BPETokenizer.train((text for texts in texts_of(table, "train") for text in texts), vocab_size)
+    for split in ("train", "val", "test"):  # shuffled: in the stream no caption stands beside another of its photo
+        conversations, ids = texts_of(table, split), []
+        random.Random(0).shuffle(conversations)
+        for text in (text for texts in conversations for text in zip(texts[::2], texts[1::2])):
+            question, answer = map(tokenizer.encode, text)
+            ids += [*question, tokenizer.bos_id, *answer, tokenizer.eos_id]
         save_array(out / f"{split}.npy", np.array(ids, dtype=np.uint16))
-        print(f"{out}: {split}, {len(photos):,} photos, {len(texts):,} captions of {len(ids) / len(texts):.1f} tokens")
+        kind = "conversations" if files else "captions"
+        print(f"{out}: {split}, {len(conversations):,} {kind} of {len(ids) / len(conversations):.1f} tokens")
     save_json(out / "tokenizer.json", tokenizer.state())
-    save_json(out / "captions.json", {"names": names, "captions": [captions[name] for name in names],
-                                             "splits": {s: [index[n] for n in photos] for s, photos in splits.items()}})
+    save_json(out / "captions.json", {"names": names, **table})
     print(f"{out}: images.npy {images.shape}, {tokenizer.vocab_size} token ids")
 
 

@@ -1,5 +1,6 @@
 """
-Stage 4: self-critical sequence training (Rennie et al. 2017) raises the captioner's CIDEr itself, or its BLEU.
+Stage 4: self-critical sequence training (Rennie et al. 2017) raises the captioner's CIDEr itself, or its BLEU; or the
+share of right answers to questions.
 
     python mllm.py && python scst.py --init_from=sft                      drawn shapes, five minutes on two CPU cores
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
@@ -42,7 +43,10 @@ init_from = "sft"  # or "resume": continue from out_dir/last.pt
 sft_dir = ""  # the run of mllm.py whose sft.pt to start from; empty: the newest under out/
 eval_only = False  # evaluate out_dir/scst.pt and stop
 eval_split = "val"  # what eval_only evaluates: train, val or test
-image = ""  # caption this file, folder or URL and stop
+image = ""  # caption this file, folder or URL and stop, or answer about it; see mllm.py
+prompt = ""  # ask this about image, instead
+chat = False  # talk about image in the terminal, turn by turn
+frames = 0  # images that a clip is read as; see mllm.py
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
 seed = 1337  # of everything random: batches, augmentation, samples
@@ -51,13 +55,14 @@ beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
 num_captions = 1  # with image: captions of each
-# reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1)
+# reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1) + exact_weight * (0 or 1)
 cider_weight = 1.0  # CIDEr-D alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence, smoothed by one from n = 2 on
+exact_weight = 0.0  # whether the answer is right, word for word
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
-samples = 2  # captions sampled for each photo; leave_one_out needs at least 2
-batch_size = 32  # photos per step, over all processes
+samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
+batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
 # optimization
 train_vit = False  # train the ViT too
@@ -71,30 +76,35 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct")
+TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct",
+         "right")
 
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores word lists against references, the captions of the training photos: a list of str for each."""
+    """Scores word lists against references, such as the captions of the training photos: a list of str for each."""
 
-    def __init__(self, references, cider_weight, bleu_weight):
+    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0):
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
-        self.cider_weight, self.bleu_weight, self.cider = cider_weight, bleu_weight, CiderD(self.references)
+        self.cider_weight, self.bleu_weight, self.exact_weight = cider_weight, bleu_weight, exact_weight
+        self.cider = CiderD(self.references)
 
     def __call__(self, captions, photos):
-        """captions: n word lists, END last where the model ended it; photos: the index of each one's photo -> (n,)"""
+        """captions: n word lists, END last where the model ended it; photos: whose references are meant -> (n,)"""
         scores = self.cider_weight * self.cider.scores(captions, photos)
         if self.bleu_weight:
             bleu4 = [bleu_of_words([words], [self.references[photo]], smooth=1)[3]
                      for words, photo in zip(captions, photos, strict=True)]
             scores += self.bleu_weight * np.array(bleu4)
+        if self.exact_weight:
+            exact = [words in self.references[photo] for words, photo in zip(captions, photos, strict=True)]
+            scores += self.exact_weight * np.array(exact)
         return torch.from_numpy(scores).float()
 
 
-def to_words(ids, tokenizer):
-    """(n, T) generated ids -> word lists, END last in those that hold the end token"""
-    return [words_of(tokenizer.decode(row)) + [END] * (tokenizer.eos_id in row) for row in ids.tolist()]
+def to_words(answers, ended):
+    """n answers, and whether the model ended each -> word lists, END last where it did"""
+    return [words_of(answer) + [END] * end for answer, end in zip(answers, ended)]
 
 
 def advantages(rewards, greedy_rewards=None):
@@ -130,15 +140,18 @@ def find_sft():
 
 # training ------------------------------------------------------------------------------------------------------------
 
-def train(run, model, optimizers, data, reward, **about):
-    """SCST until the run is over. about: what else the checkpoints are to hold, such as sft_settings."""
-    groups, sft, tokenizer = data["splits"]["train"], about["sft_settings"], data["tokenizer"]
-    dev, per_step, history = config.device_of(model), min(batch_size, len(groups)), []
-    fixed = range(0, len(groups), max(1, len(groups) // 200))  # training photos whose greedy captions are scored
+def train(run, model, optimizers, data, reward, prompts, **about):
+    """SCST until the run is over. prompts: what the model is asked, samples of mllm.py; reward knows their references.
+    about: what else the checkpoints are to hold, such as sft_settings."""
+    sft, tokenizer = about["sft_settings"], data["tokenizer"]
+    dev, per_step, history = config.device_of(model), min(batch_size, len(prompts)), []
+    fixed = range(0, len(prompts), max(1, len(prompts) // 200))  # training prompts whose greedy answers are scored
 
-    def write(tokens, **decoding):
+    def write(tokens, ids, **decoding):
         with config.autocast(model):
-            return model.generate(tokens.detach(), max_new_tokens=model.config.gpt.block_size, **decoding)
+            ids = model.generate(tokens.detach(), ids, model.config.gpt.block_size, **decoding)
+        rows = ids.tolist()
+        return ids, to_words(map(tokenizer.decode, rows), [tokenizer.eos_id in row for row in rows])
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -146,48 +159,52 @@ def train(run, model, optimizers, data, reward, **about):
         if run.due():
             with run.paused():
                 numbers = {name: float(np.mean([row[name] for row in history])) for name in (history or [{}])[0]}
-                prompts = [mllm.caption_sample(groups[i][0]["images"][0]) for i in fixed]
-                _, _, greedy = mllm.write_answers(model, data["images"], tokenizer, prompts)
-                numbers["greedy"] = reward(to_words(greedy, tokenizer), fixed).mean().item()
+                greedy = to_words(*mllm.write_answers(model, data, [prompts[i] for i in fixed]))
+                numbers["greedy"] = reward(greedy, fixed).mean().item()
                 scores = {f"val_{name}": value for name, value in mllm.evaluate(model, data, "val")[0].items()}
-                numbers |= {name: scores[name] for name in ("val_cider", "val_bleu4", "val_broken", "val_distinct")}
+                brief = ("val_cider", "val_bleu4", "val_broken", "val_distinct", "val_right")
+                numbers |= {name: scores[name] for name in brief if name in scores}
                 run.log(numbers, factor * lr, per_step * samples, "captions", file_only=scores)
-                run.save(scores["val_cider"], **about)
+                run.save(scores["val_right" if exact_weight else "val_cider"], **about)
         if run.step % eval_interval == 0:
             history = []
         if progress == 1:
             break
-        rows = config.my_share(config.epoch_rows(len(groups), per_step, run.step, seed))  # of the training photos
+        batch = config.my_share(config.epoch_rows(len(prompts), per_step, run.step, seed))  # of the prompts
         config.seed_step(seed, run.step)  # of augmentation and samples
-        began, in_reward, drafts, said = time.perf_counter(), 0.0, [], []
-        for some in rows.chunk(accumulation):  # write captions, see what they are worth
-            photos, some = [groups[i] for i in some.tolist()], some.tolist()
-            images = data["images"][[group[0]["images"][0] for group in photos]].to(dev)
-            images = augment_photos(images, [mllm.answers(group) for group in photos], sft["crop"], sft["jitter"],
-                                    sft["mirror"])  # as the captioner was trained
+        began, in_reward, drafts, said, values = time.perf_counter(), 0.0, [], [], []
+        for some in batch.chunk(accumulation):  # write answers, see what they are worth
+            some = some.tolist()
+            asked, draft = [prompts[i] for i in some], []
+            numbers = list(dict.fromkeys(i for prompt in asked for i in prompt["images"]))
+            texts = [[text for i in some if number in prompts[i]["images"]
+                      for text in mllm.texts_of([prompts[i]]) + list(map(" ".join, reward.references[i]))]
+                     for number in numbers]
+            images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"])
             with config.autocast(model):
-                tokens = model.encode(images)  # (b, N, C), computed once for all K samples
-            sampled = write(tokens, temperature=1.0, num_captions=samples)  # (b * K, T)
-            greedy = write(tokens) if baseline == "greedy" else None
-            in_reward -= time.perf_counter()
-            captions = to_words(sampled, tokenizer)
-            rewards = reward(captions, [i for i in some for _ in range(samples)]).view(-1, samples)  # (b, K)
-            greedy_rewards = None if greedy is None else reward(to_words(greedy, tokenizer), some)  # (b,)
-            in_reward += time.perf_counter()
-            drafts.append((tokens, sampled, rewards, greedy_rewards))
-            said += captions
-        n_tokens, = config.sum_numbers(
-            sum(mllm.caption_mask(sampled, tokenizer.eos_id).sum().item() for _, sampled, *_ in drafts), device=dev)
+                all_tokens = model.encode(images)  # (M, N, C), computed once for all K samples; as mllm.py trained it
+            for rows, ids, its_images in mllm.prompts_by_length(model, data, asked):
+                tokens, places = all_tokens[[numbers.index(i) for i in its_images]], [some[i] for i in rows]
+                sampled, captions = write(tokens, ids, temperature=1.0, num_captions=samples)  # (b * K, T)
+                greedy = write(tokens, ids)[1] if baseline == "greedy" else None
+                in_reward -= time.perf_counter()
+                rewards = reward(captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
+                advantage = advantages(rewards, None if greedy is None else reward(greedy, places))
+                in_reward += time.perf_counter()
+                draft.append((tokens, ids, sampled, advantage.flatten().to(dev)))
+                said, values = said + captions, values + [rewards]
+            drafts.append(draft)
+        n_tokens, = config.sum_numbers(sum(mllm.answer_mask(sampled, tokenizer.eos_id).sum().item()
+                                           for draft in drafts for _, _, sampled, _ in draft), device=dev)
         loss = 0.0
-        for tokens, sampled, rewards, greedy_rewards in drafts:  # learn from them
+        for draft in drafts:  # learn from them
             with config.autocast(model):
-                log_probs = mllm.caption_log_probs(model, tokens.repeat_interleave(samples, dim=0), sampled)
-            advantage = advantages(rewards, greedy_rewards).flatten().to(dev)
-            part = scst_loss(log_probs, advantage) / n_tokens  # of the loss of the batch
+                part = sum(scst_loss(mllm.answer_log_probs(model, tokens, ids, sampled), advantage)
+                           for tokens, ids, sampled, advantage in draft) / n_tokens  # of the loss of the batch
             part.backward()
             loss += part.detach()
         loss = config.update(model, optimizers, loss, factor, grad_clip)
-        row = sample_statistics(said, torch.cat([rewards for _, _, rewards, _ in drafts]))
+        row = sample_statistics(said, torch.cat(values))
         row = dict(zip(row, config.sum_numbers(*(v / config.n_processes() for v in row.values()), device=dev)))
         row["reward_share"] = 100 * in_reward / (time.perf_counter() - began)  # of the step's time, in per cent
         history.append(row)
@@ -198,30 +215,31 @@ def train(run, model, optimizers, data, reward, **about):
 @config.one_line_errors
 def main(argv=None):
     settings, out = config.override(globals(), argv), Path(out_dir)
-    if image or eval_only:
+    if image or prompt or chat or eval_only:
         return mllm.use(out / "scst.pt", "scst", settings)
     if baseline == "leave_one_out" and samples < 2:
         config.fail("baseline=leave_one_out needs samples of at least 2")
     resumed = config.resume("scst", settings, start="sft")
     start_from = Path(resumed["sft"]) if resumed else find_sft()
     model, checkpoint = mllm.load_captioner(start_from, "mllm", device, resumed["dtype"] if resumed else dtype)
-    data, sft = mllm.data_of(checkpoint), checkpoint["settings"]  # of the run that trained the captioner
+    data, sft = mllm.data_of(model, checkpoint), checkpoint["settings"]  # of the run that trained the captioner
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
-    config.check_batch(min(batch_size, len(data["splits"]["train"])), accumulation)
+    prompts, references = mllm.prompts_of(data["splits"]["train"])
+    config.check_batch(min(batch_size, len(prompts)), accumulation)
     before = {name: w.clone() for name, w in model.state_dict().items()}
     model.vit.requires_grad_(train_vit)
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
-    reward = Reward([mllm.answers(group) for group in data["splits"]["train"]], cider_weight, bleu_weight)
+    reward = Reward(references, cider_weight, bleu_weight, exact_weight)
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt")
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
-    train(run, model, optimizers, data, reward, sft=str(start_from), sft_settings=sft,
+    train(run, model, optimizers, data, reward, prompts, sft=str(start_from), sft_settings=sft, asks=data["asks"],
           tokenizer=checkpoint["tokenizer"], image_transform=checkpoint["image_transform"])
     if not config.is_main():
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
-    shown, ciders, captions = data["splits"]["test"][:12], [], []
+    best, captions = [], []
     print(f"{'':<13}" + "".join(f"{name:>13}" for name in TABLE))
     for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
@@ -229,14 +247,18 @@ def main(argv=None):
             scores, said = mllm.evaluate_both(model, data, split, beams, length_penalty)
             print(f"{when:<7}{split:<6}" + "".join(f"{scores.get(name, np.nan):>13.2f}" for name in TABLE))
             if split == "val":
-                ciders.append(scores["cider"])
+                best.append(scores["right" if exact_weight else "cider"])
+        if data["asks"]:
+            scores |= mllm.print_kinds(model, data, "test", said)
         run.log({}, file_only={f"{when}_test_{name}": value for name, value in scores.items()})
         captions.append(said)
-    for group, b, a in zip(shown, *captions):
-        print(f"{data['names'][group[0]['images'][0]]}: before: {b} | after: {a}")
-    mllm.draw_captions(out / "before_after.png", data, shown, [f"before: {b}\nafter: {a}" for b, a in zip(*captions)])
-    gain = 100 * (ciders[1] / max(ciders[0], 1e-9) - 1)
-    print(f"validation CIDEr {ciders[0]:.2f} -> {ciders[1]:.2f} ({gain:+.1f}%) after "
+    if not data["asks"]:
+        for photo, b, a in zip(mllm.prompts_of(data["splits"]["test"])[0][:12], *captions):
+            print(f"{data['names'][photo['images'][0]]}: before: {b} | after: {a}")
+    mllm.draw_answers(out / "before_after.png", data, "test", [f"before: {b}\nafter: {a}" for b, a in zip(*captions)])
+    gain = 100 * (best[1] / max(best[0], 1e-9) - 1)
+    name = "share right" if exact_weight else "CIDEr"
+    print(f"validation {name} {best[0]:.2f} -> {best[1]:.2f} ({gain:+.1f}%) after "
           f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
 
 

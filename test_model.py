@@ -7,6 +7,7 @@ The tests: plain functions and bare asserts, in the order of model.py. Each fail
 """
 
 import ast
+import builtins
 import contextlib
 import csv
 import hashlib
@@ -16,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -44,14 +46,15 @@ import prepare_flickr8k
 import prepare_shakespeare
 import scst
 import vit
-from config.tools import data, metrics, pictures, shapes
+from config.tools import conversations, data, metrics, pictures, questions, shapes
+from config.tools.data import to_pixels
 from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
-    CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, DecoderBlock,
-    Dropout, EncoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding, MLLMConfig,
-    MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding, SinusoidalPositionalEncoding,
-    Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask, padding_mask, sample_next,
-    scaled_dot_product_attention, tokenizer_from_state,
+    CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, Conversation,
+    DecoderBlock, Dropout, EncoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
+    MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
+    SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
+    padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
 )
 
 
@@ -875,6 +878,41 @@ def third_alone(self, x, **_):
     return torch.zeros_like(x)
 
 
+def test_a_conversation_reads_each_token_once_and_answers_as_one_pass_does():
+    for cross_every in (0, 1):
+        model = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=cross_every, block_size=200)), 0.3)
+        images, n, hidden, read = photos(2), 1 if cross_every else 4, model.gpt.hidden, []
+        model.gpt.hidden = lambda x, *rest: (read.append(x.size(1)), hidden(x, *rest))[1]
+        chat, logits, per_turn = Conversation(model, images), [], []
+        for turn in range(20):
+            ids = torch.tensor([[IMAGE_ID] * 2 * n * (turn == 0) + [5, 6 + turn % 3]])
+            before = sum(read)
+            if turn < 2 or turn > 2:
+                written = list(itertools.islice(chat.answer(ids, 1.0, torch.Generator().manual_seed(turn)), 4))
+                assert 2 not in written
+            else:
+                start = chat.ids.size(1)
+                logits = chat.read(F.pad(ids, (0, 1), value=1))
+                close(logits, model(images, chat.ids)[0][:, start:], 1e-5)
+            per_turn.append(sum(read) - before)
+        model.gpt.hidden = hidden
+        assert max(per_turn[3:]) <= 2 + 1 + 5  # the question, bos, the answer: not what was said before
+    model = tiny_mllm()  # 24 positions
+    chat = Conversation(model, photos(1))
+    assert len(list(chat.answer(torch.tensor([[*IMAGE, 5]]), 1.0, torch.Generator().manual_seed(0)))) <= 18
+    raises(ValueError, "block_size=24", chat.read, torch.full((1, 24), 5))
+
+
+def test_images_that_stand_side_by_side_have_an_order():
+    config = lambda n: tiny_mllm(gpt=tiny_gpt_config(cross_every=1), max_images=n)
+    model, images, ids = shake(config(2)), photos(3), torch.tensor([[IMAGE_ID, IMAGE_ID, 5, 6]])
+    last = lambda which: model(images[which], ids)[0][0, -1]
+    assert (last([0, 1]) - last([1, 0])).abs().max() > 1e-4
+    raises(ValueError, "3 images side by side, and max_images=2", model, images,
+           torch.tensor([[IMAGE_ID, IMAGE_ID, IMAGE_ID]]))
+    assert model(images, torch.tensor([[IMAGE_ID, IMAGE_ID, 5, IMAGE_ID]]))[0].isfinite().all()  # two, then one
+
+
 def tiny_clip(**changes):
     vit = ViTConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=16, n_classes=0)
     sizes = dict(vit=vit, vocab_size=20, max_tokens=6, n_layer=1, n_head=2, n_embd=16, n_shared=12)
@@ -951,7 +989,8 @@ def test_wrong_settings_end_in_one_line():
 
 
 def test_every_recipe_sets_only_what_its_stage_has():
-    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "clip": "vit", "flickr8k": "mllm"}
+    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "clip": "vit", "flickr8k": "mllm",
+              "questions": "mllm"}
     for recipe in sorted(Path(__file__).parent.glob("config/[!_]*.py")):
         stage = "scst" if "scst" in recipe.name else stages[recipe.stem.split("_")[0]]
         known = config.read_settings(Path(__file__).parent / f"{stage}.py")
@@ -1302,6 +1341,12 @@ def test_reward_sees_the_end_token_and_mixes_cider_with_bleu():
     assert abs(bleu4([["a", "dog"]], [0]).item() - math.exp(-1)) < 1e-6
 
 
+def test_an_exact_answer_is_worth_its_weight():
+    reward = scst.Reward([["yes"], ["a red star", "red star"]], cider_weight=0.0, bleu_weight=0.0, exact_weight=2.0)
+    answers = [["yes", scst.END], ["yes"], ["red", "star", scst.END], ["red", scst.END]]
+    assert reward(answers, [0, 0, 1, 1]).tolist() == [2, 0, 2, 0]
+
+
 def test_advantages_of_both_baselines():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     assert torch.allclose(scst.advantages(rewards, torch.tensor([2.0, 1.0])), torch.tensor([[-1., 0, 4], [-1, -1, 2]]))
@@ -1312,7 +1357,7 @@ def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     model, sampled = shake(tiny_mllm()), torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]])  # 2 is the end token
     tokens = model.encode(photos(2)).detach()
     every = model.log_probs(tokens, torch.cat((model.caption_prompt(tokens), sampled), dim=1))[:, -4:]
-    log_probs = mllm.caption_log_probs(model, tokens, sampled)
+    log_probs = mllm.answer_log_probs(model, tokens, model.caption_prompt(tokens), sampled)
     close(log_probs, every * torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]]))
     log_probs.retain_grad()
     scst.scst_loss(log_probs, torch.tensor([3.0, -6.0])).backward()
@@ -1325,9 +1370,9 @@ def test_captions_for_evaluation_are_written_without_dropout():
     gpt_config = GPTConfig(vocab_size=261, block_size=24, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     model, pixels = shake(MLLM(MLLMConfig(vit_config, gpt_config)), 0.5).train(), photos(20)
     prompts = [mllm.caption_sample(i) for i in range(20)]
-    in_training = mllm.write_answers(model, pixels, tokenizer, prompts)[2]
-    expected = model.eval().generate(pixels, max_new_tokens=99)
-    assert in_training[:, :expected.size(1)].equal(expected) and not (in_training[:, expected.size(1):] != 2).any()
+    in_training = mllm.write_answers(model, {"images": pixels, "tokenizer": tokenizer}, prompts)
+    expected = model.eval().generate(pixels, max_new_tokens=99).tolist()
+    assert in_training == [[tokenizer.decode(row) for row in expected], [2 in row for row in expected]]
 
 
 def test_a_caption_ends_badly_without_end_token_or_on_a_word_that_needs_another():
@@ -1354,6 +1399,119 @@ def test_drawn_images_show_what_their_five_captions_say():
     assert got[0] == [] and len(got[1]) == 1 and got[2] == 2 * got[1]
 
 
+def test_answers_about_drawn_images_are_right():
+    """Every answer about one image is worked out again, from its caption, by reading the question in another way."""
+    images, groups = questions.draw_conversations(400, 48, seed=2)
+    checked = Counter()
+    for group in groups[::4]:
+        talks = [[m["content"].replace("<image>", "") for m in sample["messages"]] for sample in group]
+        caption = next(talk[1] for talk, sample in zip(talks, group) if sample["messages"][1]["kind"] == "caption")
+        things = [dict(zip(("size", "colour", "shape", "place"), thing)) for thing in shapes.attributes(caption)]
+        for thing in things:  # the middle of the named place has the named colour
+            row, column = divmod(shapes.PLACES.index(thing["place"]), 3)
+            pixel = images[group[0]["images"][0]][:, 8 + 16 * row, 8 + 16 * column].astype(int)
+            assert np.abs(pixel - shapes.COLOURS[thing["colour"]]).max() < 60
+        for talk, sample in zip(talks, group):
+            kind, (question, answer) = sample["messages"][1]["kind"], talk[:2]
+            asked = question.replace("how large", "")
+            named = {name: v for name, values in questions.VALUES.items() for v in values
+                     if re.search(rf"\b{v}(s|es)?\b", asked)}
+            if place := re.search("in the ((top|middle|bottom) (left|center|right))", question):
+                named["place"] = place[1]
+            fits = [thing for thing in things if named.items() <= thing.items()]
+            if kind == "count":
+                assert answer == ("none", "one", "two", "three", "four")[len(fits)], (caption, question, answer)
+            elif kind == "exists":
+                assert answer == ("yes" if fits else "no"), (caption, question, answer)
+            elif kind in ("size", "colour", "shape", "place"):
+                assert [thing[kind] for thing in fits] == [answer], (caption, question, answer)
+            elif kind == "relation":
+                (own,), way = fits, re.search("left of|right of|above|below", question)[0]
+                where = lambda thing: divmod(shapes.PLACES.index(thing["place"]), 3)
+                axis, sign = way in ("left of", "right of"), 1 if way in ("right of", "below") else -1
+                there = [thing for thing in things if sign * (where(thing)[axis] - where(own)[axis]) > 0]
+                assert len(there) < 2
+                assert answer == ("a {size} {colour} {shape}".format(**there[0]) if there else "nothing")
+            checked[kind] += 1
+    assert all(checked[kind] > 30 for kind in ("count", "exists", "size", "colour", "shape", "place", "relation"))
+
+
+def test_the_answer_says_what_has_changed():
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(300):
+        before = questions.make_scene(rng.integers(1, 5), rng)
+        after, answer = questions.change(before, rng)
+        gone, new = [thing for thing in before if thing not in after], [thing for thing in after if thing not in before]
+        assert len({thing.place for thing in after}) == len(after) == len({thing[:3] for thing in after})
+        if len(gone) == len(new) == 1:  # one attribute of one thing
+            (was,), (now,) = gone, new
+            name, = (name for name in was._fields if getattr(was, name) != getattr(now, name))
+            value = "in the " * (name == "place") + getattr(now, name)
+            assert answer == f"the {was.words()} is now {value}"
+        else:
+            name, = {"nothing"} if not gone + new else {"gone"} if gone else {"new"}
+            assert answer == {"nothing": "nothing", "gone": f"the {gone[0].words()} is gone" if gone else "",
+                              "new": f"there is a new {new[0].words()}" if new else ""}[name]
+        seen[name] += 1
+    assert set(seen) == {"colour", "place", "size", "gone", "new", "nothing"} and min(seen.values()) > 20
+
+
+def test_clips_show_what_their_answers_say():
+    images, groups = questions.draw_conversations(200, 64, seed=3)
+    images, seen = images.astype(int), Counter()
+
+    def pixels(image, colour):
+        """Where an image has about this colour: (n, 2) rows and columns."""
+        return np.argwhere(np.abs(image - np.array(shapes.COLOURS[colour])[:, None, None]).max(axis=0) < 30)
+
+    for messages, numbers in ((sample["messages"], sample["images"]) for group in groups for sample in group):
+        if messages[1]["kind"] != "event":
+            continue
+        assert 4 <= len(numbers) <= 8
+        for event in messages[1]["content"].split(", then "):
+            _, _, colour, _, change, *way = event.split(" ")
+            if messages[1]["content"].count(colour) == 2:
+                continue
+            before, after = (pixels(images[i], colour) for i in (numbers[0], numbers[-1]))
+            rise = len(after) - len(before)
+            if change == "moves":
+                assert abs(rise) < 20
+                down, right = after.sum(axis=0) - before.sum(axis=0)
+                assert max((-right, "left"), (right, "right"), (-down, "up"), (down, "down"))[1] == way[0], event
+            else:
+                assert {"appears": rise > 30, "vanishes": rise < -30, "grows": rise > 30}[change], event
+            seen[change] += 1
+    assert min(seen[change] for change in ("moves", "appears", "vanishes", "grows")) > 5
+
+
+def test_middle_frames_are_those_of_equal_parts():
+    frames = list(range(12))
+    assert [data.middle_frames(frames, n) for n in (1, 2, 3, 4, 12)] == [
+        [6], [3, 9], [2, 6, 10], [1, 4, 7, 10], frames]
+    assert data.middle_frames(frames, 99) == frames and data.middle_frames([5], 8) == [5]
+
+
+def test_clips_and_several_images_are_opened_in_order():
+    with in_new_folder():
+        pictures = [Image.new("RGB", (40, 40), (20 * i, 0, 0)) for i in range(6)]
+        for name in ("clip.gif", "clip.png", "clip.webp"):
+            more = {"lossless": True} if name.endswith("webp") else {}
+            pictures[0].save(name, save_all=True, append_images=pictures[1:], duration=50, **more)
+        Path("clip").mkdir()
+        for i, picture in enumerate(pictures):
+            picture.save(f"clip/{i}.png")
+        reds = lambda opened: [[to_pixels(image, 2)[0, 0, 0].item() for image in images] for _, images in opened]
+        for name in ("clip.gif", "clip.png", "clip.webp"):
+            assert reds(data.open_images(name, 3)[0]) == [[20, 60, 100]]
+            assert reds(data.open_images(name)[0]) == [[60]]
+        assert reds(data.open_images("clip", 3, clip=True)[0]) == [[20, 60, 100]]
+        assert reds(data.open_images("clip", 3)[0]) == [[0], [20], [40], [60], [80], [100]]
+        (name, _), = opened = data.open_images("clip/5.png,clip.gif, clip/0.png", 2)[0]
+        assert reds(opened) == [[100, 20, 80, 0]] and name == "5.png, clip.gif, 0.png"
+        Path("a.mp4").write_bytes(b"")
+        raises(SystemExit, "ffmpeg -i a.mp4", data.open_images, "a.mp4")
+
+
 def words_model(block_size=24, **changes):
     """A tiny MLLM and the data of four black images, with a tokenizer of bytes."""
     tokenizer = BPETokenizer([])
@@ -1369,7 +1527,7 @@ def test_conversations_become_ids_and_the_targets_are_what_the_assistant_says():
         or_, ask, dog, why, so = map(data["tokenizer"].encode, ("or ", "?", "a dog", "why", "so"))
         bos, eos, pad = 1, 2, 0
         ids = [*image, *or_, *image, *ask, bos, *dog, eos, *why, bos, *so, eos]
-        numbers, which, inputs, targets = mllm.collate(model, data, [sample, mllm.caption_sample(2, "a dog")])
+        numbers, which, inputs, targets, _ = mllm.collate(model, data, [[sample], [mllm.caption_sample(2, "a dog")]])
         wanted = [-1] * (2 * n + 4) + dog + [eos] + [-1] * 4 + so + [eos]
         assert inputs[0, :len(ids) - 1].tolist() == ids[:-1] and set(inputs[0, len(ids) - 1:].tolist()) <= {pad}
         assert targets[0, :len(wanted)].tolist() == wanted and set(targets[0, len(wanted):].tolist()) <= {-1}
@@ -1377,9 +1535,90 @@ def test_conversations_become_ids_and_the_targets_are_what_the_assistant_says():
         assert inputs[1, :len(caption)].tolist() == caption and set(inputs[1, len(caption):].tolist()) == {pad}
         assert targets[1, n:n + 6].tolist() == [*dog, eos] and (targets[1] >= 0).sum() == 6
         assert inputs.size(1) % 8 == 0 and numbers == [2, 0] and which.tolist() == [0, 1, 0]  # image 2 is shared
-    model, data = words_model(4 + 3)  # room for three tokens after the image
-    _, _, inputs, targets = mllm.collate(model, data, [mllm.caption_sample(1, "a dog")])
-    assert targets[0].tolist() == [-1] * 4 + data["tokenizer"].encode("a ") + [2] and inputs.size(1) == 7
+
+
+def test_a_conversation_that_is_too_long_is_cut_at_a_turn():
+    turns = [("user", "<image>what?"), ("assistant", "a dog"), ("user", "so"), ("assistant", "yes")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    sample = {"images": [0], "messages": messages}
+    for cross_every, n in ((0, 4), (1, 1)):
+        # after the image 5 + 1 + 5 + 1 ids in the first turn, 2 + 1 + 3 + 1 in the second; the last is not read
+        for block_size, learnt, asked in ((18, 4, 4), (17, 2, 4), (15, 2, 4), (14, 2, 2), (11, 2, 2), (10, 0, 2),
+                                          (6, 0, 2), (5, 0, 0)):
+            model, data = words_model(n + block_size, cross_every=cross_every)
+            data["splits"] = {"train": [[sample]], "val": [[sample]]}
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                splits = mllm.fit(data, model)["splits"]
+            for split, left in (("train", learnt), ("val", asked)):
+                assert splits[split] == ([[sample | {"messages": messages[:left]}]] if left else [])
+            gone = 2 - bool(learnt) - bool(asked)
+            counts = f"{4 - (learnt + asked) // 2} turns are cut off, and of {gone} samples nothing is left"
+            assert (counts in said.getvalue()) == (learnt + asked < 8)
+            if learnt:
+                _, _, inputs, targets, _ = mllm.collate(model, data, splits["train"][0:1])
+                assert (targets == 2).sum() == learnt // 2 and inputs.size(1) <= n + block_size
+            if asked:  # there is room for an answer
+                said, _ = mllm.write_answers(model, data, mllm.prompts_of(splits["val"])[0])
+                assert len(said) == asked // 2
+
+
+def test_the_loss_is_that_of_the_answers_and_their_ends_alone():
+    turns = [("user", "<image>what?"), ("assistant", "a dog"), ("user", "so"), ("assistant", "yes")]
+    sample = {"images": [0], "messages": [{"role": role, "content": text} for role, text in turns]}
+    for cross_every in (0, 1):
+        model, data = words_model(40, cross_every=cross_every)
+        ids, _ = mllm.encode_messages(sample["messages"], data["tokenizer"], 1 if cross_every else 4)
+        log_p = model.log_probs(data["images"][:1], torch.tensor([ids]))[0]
+        spoken, answers = False, []  # in plain Python: what stands after bos, up to eos
+        for t, i in enumerate(ids):
+            answers += [t] * spoken
+            spoken = (spoken or i == 1) and i != 2
+        assert data["tokenizer"].decode([ids[t] for t in answers]) == "a dogyes" and len(answers) == 5 + 1 + 3 + 1
+        images, _, inputs, targets, _ = mllm.collate(model, data, [[sample]])
+        weights = [p for p in model.parameters() if p.requires_grad]
+        got = torch.autograd.grad(model(data["images"][images], inputs, targets)[1], weights, allow_unused=True)
+        want = torch.autograd.grad(-log_p[answers].mean(), weights, allow_unused=True)
+        for a, b in zip(got, want):
+            assert (a is None) == (b is None) and (a is None or (a - b).abs().max() < 1e-5)
+
+
+def test_other_images_are_as_many_and_never_the_own():
+    prompts = [{"images": images, "messages": [], "kind": str(i)}
+               for i, images in enumerate([[0], [0], [1], [2, 3], [1], [4, 5], [6, 7, 8], [9, 10, 11]])]
+    swapped = mllm.other_images(prompts)
+    for before, after in zip(prompts, swapped):
+        assert after["kind"] == before["kind"] and len(after["images"]) == len(before["images"])
+        assert after["images"] != before["images"]
+
+
+def total_loss(model, data, samples):
+    numbers, which, inputs, targets, segments = mllm.collate(model, data, samples)
+    tokens = model.encode(data["images"][numbers])[which] if numbers else torch.zeros(0, 4, 24)
+    return model(tokens, inputs, targets, 0.0, segments)[1] * (targets >= 0).sum()
+
+
+def test_samples_in_one_row_have_the_losses_that_they_have_alone():
+    ask = lambda images, *texts: {"images": images, "messages": [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+    groups = [[ask([2], "<image>", "a dog"), ask([2], "<image>so?", "yes", "why", "so"), ask([2], "<image>", "y" * 20)],
+              [ask([0, 1], "<image><image>or?", "no"), ask([0, 1], "<image><image>", "two")],
+              [ask([], "hi", "hello")], [ask([3], "so<image>?", "yes"), ask([3], "<image>?", "no")]]
+    for cross_every, positions in ((0, "rotary"), (1, "rotary"), (0, "sinusoidal"), (0, "learned")):
+        model, data = words_model(30, cross_every=cross_every, positions=positions)
+        shake(model, 0.1)
+        samples = [[sample] for group in groups for sample in group]
+        rows = mllm.collate(model, data, groups)[2]
+        assert len(rows) == 5 and rows.size(1) > 30  # the images are read once, and a row is longer than block_size
+        n = sum(len(m["content"]) + 1 for sample in samples for m in sample[0]["messages"][1::2])  # bytes and ends
+        apart = sum(total_loss(model, data, [sample]) for sample in samples)
+        close(total_loss(model, data, groups) / n, apart / n, 1e-5)
+        model.zero_grad()
+        total_loss(model, data, groups).backward()
+        together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        sum(total_loss(model, data, [sample]) for sample in samples).backward()
+        for name, grad in together.items():
+            close(grad / n, dict(model.named_parameters())[name].grad / n, 1e-5)
 
 
 def test_rows_with_other_numbers_of_images_have_the_losses_that_they_have_alone():
@@ -1390,12 +1629,9 @@ def test_rows_with_other_numbers_of_images_have_the_losses_that_they_have_alone(
                                                    {"role": "assistant", "content": text}]}
                    for images, text in (([], "none"), ([3], "one"), ([1, 3], "two of them"), ([0, 1, 2], "3"))]
 
-        def loss_of(samples):
-            numbers, which, inputs, targets = mllm.collate(model, data, samples)
-            tokens = model.encode(data["images"][numbers])[which] if numbers else torch.zeros(0, 4, 24)
-            return model(tokens, inputs, targets)[1] * (targets >= 0).sum()
-
-        close(loss_of(samples), sum(loss_of([sample]) for sample in samples), 1e-4)
+        loss_of = lambda samples: total_loss(model, data, [[sample] for sample in samples])
+        n = sum(len(sample["messages"][1]["content"]) + 1 for sample in samples)  # bytes and ends
+        close(loss_of(samples) / n, sum(loss_of([sample]) for sample in samples) / n, 1e-5)
         before = loss_of(samples)
         for sample in samples:
             sample["messages"][0]["content"] = sample["messages"][0]["content"].replace("so", "no")
@@ -1448,7 +1684,7 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         said = run(mllm, "--out_dir=out/m", "--gpt_ckpt=out/lm/best.pt", "--image_size=16", "--vit_embd=8",
                    "--vit_head=2", "--vit_layer=1", *tiny, "--batch_size=4", "--align_share=0.5", "--mirror=True",
                    "--crop=0.8")
-        assert "out/lm/best.pt" in said and "frozen: vit, gpt" in said and "shuffled" in said
+        assert "out/lm/best.pt" in said and "frozen: gpt\n" in said and "shuffled" in said
         raises(SystemExit, "holds a run on mine, this one is on shakespeare; give it --out_dir=out/lm_shakespeare",
                config.set_aside, Path("out/lm"), "shakespeare")
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
@@ -1457,6 +1693,121 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         raises(SystemExit, "19 images are too few", run, prepare_flickr8k, "--source=few", "--out_dir=data/few")
         raises(SystemExit, "captions.txt is missing", run, prepare_flickr8k, "--source=.", "--out_dir=data/mine")
         raises(SystemExit, "a folder of their own", run, prepare_flickr8k, "--source=mine")
+
+
+def make_conversations(folder, n):
+    """n plain images, and a conversation about each in the layout of MiniMind-V or, of every second, of LLaVA."""
+    Path(folder).mkdir()
+    lines = {"minimind.jsonl": [], "llava.jsonl": []}
+    for i in range(n):
+        Image.new("RGB", (20, 12), (10 * i, 0, 0)).save(f"{folder}/{i}.png")
+        turns = ["What is this?\n<image>" if i % 4 else "What is this?", f"Picture {i}. A big one.", "Sure?", "Yes."]
+        keys, names = (("from", "value"), ("human", "gpt")) if i % 2 else (("role", "content"), ("user", "assistant"))
+        talk = [dict(zip(keys, (names[k % 2], turn))) for k, turn in enumerate(turns)]
+        lines["llava.jsonl" if i % 2 else "minimind.jsonl"].append({"image": f"{i}.png", "conversations": talk})
+    pair = [{"role": "user", "content": "<image>Or<image>?"}, {"role": "assistant", "content": "The first."}]
+    lines["minimind.jsonl"] += [{"image": "0.png, 1.png", "conversations": pair}]
+    pair = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]
+    lines["llava.jsonl"] += [{"image": ["2.png", "3.png"], "conversations": pair}, {"conversations": pair}]
+    for name, some in lines.items():
+        Path(folder, name).write_text("\n".join(map(json.dumps, some)) + "\n")
+
+
+def test_prepare_flickr8k_packs_conversations_in_both_layouts_and_mllm_and_scst_learn_from_them():
+    with in_new_folder():
+        make_conversations("talks", 24)
+        run(prepare_flickr8k, "--source=talks", "--out_dir=data/talks", "--size=16", "--vocab_size=280")
+        table = json.loads(Path("data/talks/captions.json").read_text())
+        splits, names = table["samples"], table["names"]
+        of = {split: {names[i] for sample in samples for i in sample["images"]} for split, samples in splits.items()}
+        assert sum(map(len, of.values())) == len(set.union(*of.values())) == len(names) == 24  # none in two splits
+        assert sum(map(len, splits.values())) == 27 and len(splits["val"]) >= 2 and len(splits["test"]) >= 2
+        said = {tuple(names[i] for i in sample["images"]): [m["content"] for m in sample["messages"]]
+                for samples in splits.values() for sample in samples}
+        for i in range(24):
+            first = "What is this?<image>" if i % 4 else "<image>What is this?"
+            assert said[(f"{i}.png",)] == [first, f"Picture {i}. A big one.", "Sure?", "Yes."]
+        assert said["0.png", "1.png"] == ["<image>Or<image>?", "The first."]
+        assert said["2.png", "3.png"] == ["<image><image>Hello.", "Hi."] and said[()] == ["Hello.", "Hi."]
+        assert {m["role"] for samples in splits.values() for s in samples for m in s["messages"][::2]} == {"user"}
+        images = np.load("data/talks/images.npy")
+        assert all(set(images[i, 0].flat) == {10 * int(name[:-4])} for i, name in enumerate(names))
+        stream, state = np.load("data/talks/val.npy"), json.loads(Path("data/talks/tokenizer.json").read_text())
+        assert "What is this?Picture" in tokenizer_from_state(state).decode(stream.tolist())
+        tiny = ("--max_steps=2", "--max_minutes=0", "--eval_interval=2", "--device=cpu", "--beams=1")
+        for fusion in ("prefix", "cross"):
+            args = (*tiny, f"--fusion={fusion}", f"--out_dir=out/{fusion}", "--dataset=talks", "--image_size=16",
+                    "--vit_embd=8", "--vit_head=2", "--vit_layer=1", "--gpt_layer=1", "--gpt_embd=16", "--gpt_head=2")
+            assert "turns are cut off" in run(mllm, *args, "--batch_size=8", "--max_tokens=16")
+            assert "3.png, 2.png: " in run(mllm, *args, "--image=talks/3.png,talks/2.png", "--prompt=<image>in<image>?")
+            assert "no image: " in run(mllm, *args, "--prompt=Hello.")
+            raises(SystemExit, "3 images at once; this model has learnt at most 2", run, mllm, *args,
+                   "--image=talks/3.png,talks/2.png,talks/1.png")
+            raises(SystemExit, "stands 1 times in the prompt; no image: 0", run, mllm, *args, "--prompt=a <image>?")
+            lines = iter(["What is this?", "Sure?", "x" * 200, "Why? " * 8, ""])
+            with patched(builtins, "input", lambda prompt: next(lines)):
+                said = run(mllm, *args, "--image=talks/3.png", "--chat=True")
+            assert "too long" in said and "forgotten" in said
+            raises(SystemExit, "a chat is about one image", run, mllm, *args, "--image=talks", "--chat=True")
+            raises(SystemExit, "these samples hold questions", run, mllm, *args, "--baselines=True")
+            more = ("--cider_weight=0.0", "--exact_weight=1.0", "--batch_size=4", "--out_dir=out/scst")
+            said = run(scst, *tiny, f"--sft_dir=out/{fusion}", *more)
+            assert "commonest" in said and "validation share right" in said
+            assert "3.png: " in run(scst, *tiny, *more, "--image=talks/3.png", "--prompt=What is this?")
+        raises(SystemExit, "CLIP learns from captions", run, vit, *TOY_CLIP, "--dataset=talks")
+
+
+BAD_LINES = [  # a line of a *.jsonl, and what the error says
+    ("{", "no JSON"), ("[]", 'no "conversations"'), ("{}", 'no "conversations"'),
+    ('{"conversations": "hi"}', 'no "conversations"'), ('{"conversations": ["hi"]}', 'no "conversations"'),
+    ('{"conversations": []}', "the last turn is not an answer"),
+    *((json.dumps({"image": image, "conversations": [{"role": role, "content": text} for role, text in turns]}), why)
+      for image, turns, why in [
+        ("0.png", [("system", "a"), ("user", "a")], "turn 1 has the unknown role 'system'"),
+        ("0.png", [("user", "a"), (["x"], "a")], "turn 2 has the unknown role"),
+        ("0.png", [(None, "a")], "turn 1 has the unknown role None"),
+        ("0.png", [("user", None), ("assistant", "a")], "turn 1 has no text"),
+        ("0.png", [("user", "a"), ("assistant", 7)], "turn 2 has no text"),
+        ("0.png", [("assistant", "a"), ("user", "b")], "turn 1 is out of order"),
+        ("0.png", [("user", "a"), ("user", "b"), ("assistant", "c")], "turn 2 is out of order"),
+        ("0.png", [("user", "a"), ("assistant", "b"), ("user", "c")], "the last turn is not an answer"),
+        ("0.png", [("user", "a"), ("assistant", " ")], "turn 2 is an empty answer"),
+        ("0.png", [("user", "a"), ("assistant", "<image>b")], "turn 2 is an answer with <image>"),
+        ("0.png", [("user", "<image><image>a"), ("assistant", "b")], "stands 2 times in the text, and there are 1"),
+        (None, [("user", "<image>a"), ("assistant", "b")], "stands 1 times in the text, and there are 0 images"),
+        (7, [("user", "a"), ("assistant", "b")], '"image" is neither'),
+        (["0.png", 7], [("user", "a"), ("assistant", "b")], '"image" is neither'),
+        ("0.png,,1.png", [("user", "a"), ("assistant", "b")], '"image" is neither'),
+        ("0.png, none.png", [("user", "a"), ("assistant", "b")], "there is no image none.png"),
+        ("broken.png", [("user", "a"), ("assistant", "b")], "broken.png cannot be read as an image")])]
+
+
+def test_a_bad_line_of_conversations_ends_with_file_line_and_reason():
+    with in_new_folder():
+        make_conversations("talks", 24)
+        Path("talks/broken.png").write_bytes(Path("talks/0.png").read_bytes()[:40])
+        good = Path("talks/llava.jsonl").read_bytes()
+        few = ("--source=talks", "--out_dir=data/talks", "--size=16", "--vocab_size=280")
+        lines = [*((line.encode(), why) for line, why in BAD_LINES), (b'{"a": "\xff"}', "can't decode byte 0xff")]
+        for line, why in lines:
+            Path("talks/llava.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)  # after an empty line
+            raises(SystemExit, why, run, prepare_flickr8k, *few)
+            raises(SystemExit, f"llava.jsonl, line {good.count(10) + 2}: ", run, prepare_flickr8k, *few)
+        Path("talks/llava.jsonl").write_bytes(good)
+        Path("talks/captions.txt").write_text("0.png,a\n")
+        raises(SystemExit, "holds both captions.txt and llava.jsonl", run, prepare_flickr8k, *few)
+        make_conversations("few", 10)
+        raises(SystemExit, "too few to split", run, prepare_flickr8k, "--source=few", "--out_dir=data/few")
+
+
+def test_samples_that_share_an_image_stay_together():
+    rng = np.random.default_rng(0)
+    samples = [{"images": [str(i) for i in rng.choice(300, rng.integers(0, 4), replace=False)]} for _ in range(150)]
+    splits = conversations.split_by_image(samples)
+    assert sorted(map(id, sum(splits.values(), []))) == sorted(map(id, samples))
+    images = {split: {name for sample in some for name in sample["images"]} for split, some in splits.items()}
+    assert not images["train"] & images["val"] and not images["train"] & images["test"]
+    assert not images["val"] & images["test"] and images["val"] and images["test"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1740,6 +2091,24 @@ def likely_tokens(logits, temperature=1.0, *_):
     return logits.topk(2).indices.gather(1, rank[:, None]).squeeze(1)
 
 
+def test_questions_about_drawn_images_are_learnt_and_asked():
+    with in_new_folder():
+        args = (*TOY[mllm][:-1], "--dataset=questions", "--connector=pixel_shuffle", "--image_size=48",
+                "--max_tokens=64", "--n_drawn=80", "--max_steps=4",
+                "--align_share=0.5", "--beams=1", "--out_dir=out/asked")
+        for fusion in ("prefix", "cross"):
+            said = run(mllm, *args, f"--fusion={fusion}")
+            table = {line.split("  ")[0]: line.split()[-3:] for line in said.splitlines() if line.endswith("%")}
+            assert {"caption", "change", "event", "one image", "two images", "video", "all"} <= set(table)
+            frames = [Image.new("RGB", (50, 40), (9 * i, 2, 3)) for i in range(5)]
+            frames[0].save("clip.gif", save_all=True, append_images=frames[1:])
+            said = run(mllm, *args, "--image=clip.gif", "--frames=4", "--prompt=what happens?")
+            assert "clip.gif: " in said and Path("out/asked/captioned.png").exists()
+        run(mllm, *TOY[mllm])
+        for asks in ("--prompt=why?", "--chat=True"):
+            raises(SystemExit, "has learnt captions and no questions", run, mllm, *TOY[mllm], "--image=clip.gif", asks)
+
+
 def test_two_processes_and_accumulation_train_as_one_process_does():
     long = ("--max_steps=20", "--eval_interval=1")
     runs = [(stage, "train", (*args, *fixed, *long, *more), limit)
@@ -1771,14 +2140,19 @@ def test_two_processes_and_accumulation_train_as_one_process_does():
         raises(SystemExit, "cannot be cut into 3 equal parts", run, gpt, *TOY[gpt], "--accumulation=3")
 
 
-def test_align_trains_the_connector_alone():
+def test_align_trains_what_no_checkpoint_brought_on_captions_alone():
     save = config.save
     with in_new_folder():
+        make_toy_data()
+        run(vit, *TOY[vit])
+        run(gpt, *TOY[gpt], "--dataset=mine", "--out_dir=out/words")
+        args = (*TOY[mllm], "--dataset=mine", "--image_size=16", "--vit_ckpt=out/vit/best.pt",
+                "--gpt_ckpt=out/words/best.pt", "--max_steps=8", "--align_share=0.5")
         for fusion, new in (("prefix", set()), ("cross", {"marker", "gpt"})):
             seen = []  # the phase and weights of every checkpoint
             note = lambda path, saved: seen.append((saved["phase"], {k: w.clone() for k, w in saved["model"].items()}))
             with patched(config, "save", lambda path, checkpoint: (note(path, checkpoint), save(path, checkpoint))):
-                run(mllm, *TOY[mllm], "--max_steps=8", "--align_share=0.5", f"--fusion={fusion}")
+                run(mllm, *args, f"--fusion={fusion}")
             align = [weights for phase, weights in seen if phase == "align"]
             changed = {name for name, w in align[0].items() if not torch.equal(w, align[-1][name])}
             assert {name.split(".")[0] for name in changed} == {"connector"} | new
@@ -1786,6 +2160,10 @@ def test_align_trains_the_connector_alone():
             sft = [weights for phase, weights in seen if phase == "sft"]
             assert {name.split(".")[0] for name in sft[-1] if not torch.equal(align[-1][name], sft[-1][name])} == {
                 "vit", "connector", "gpt"} | (new and {"marker"})
+        assert "frozen: none" in run(mllm, *TOY[mllm], "--out_dir=out/new").split("phase sft")[0]  # nothing to keep
+    ask = lambda text: {"images": [0], "messages": [{"role": "user", "content": text}]}
+    samples = {"splits": {"train": [[ask("<image>"), ask("<image>why?")], [ask("<image>who?")]], "val": [[ask("hi")]]}}
+    assert mllm.captions_of(samples)["splits"] == {"train": [[ask("<image>")]], "val": []}
 
 
 def test_what_goes_wrong_ends_in_one_line():

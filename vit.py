@@ -169,6 +169,8 @@ def draw_predictions(model, data, rows, path, size=128):
 def load_captioned():
     """{images (n, 3, image_size, image_size) uint8, captions: n lists, splits: {split: indices}, tokenizer}"""
     images, table, tokenizer = load_photos(dataset, image_size)
+    if "captions" not in table:
+        config.fail(f"data/{dataset} holds conversations; CLIP learns from captions")
     return {"images": torch.from_numpy(images), "captions": table["captions"], "tokenizer": tokenizer,
             "size": image_size, "splits": {split: torch.tensor(rows) for split, rows in table["splits"].items()}}
 
@@ -286,7 +288,8 @@ def load_model(checkpoint):
 @torch.no_grad()
 def classify(model, checkpoint, where, out):
     """Print the five likeliest classes, or with CLIP the nearest of texts, of the images at where, and draw them."""
-    photos, broken = open_images(where)
+    opened, broken = open_images(where)
+    photos = [(name, images[0]) for name, images in opened]
     size = checkpoint["image_transform"]["size"]  # of the training images, which a photo is to look like
     inputs, titles = torch.stack([to_pixels(photo, size) for _, photo in photos]), []
     if "classes" in checkpoint:

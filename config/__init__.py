@@ -35,7 +35,7 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
         captions_per_photo block_size patch_size image_size size n_val n_layer n_head n_embd vit_layer vit_head vit_embd
         gpt_layer gpt_head gpt_embd text_layer text_embd cross_every""".split(), (1, math.inf)),
     **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
-        first_size""".split(), (0, math.inf)),
+        first_size frames""".split(), (0, math.inf)),
     **dict.fromkeys("crop jitter word_dropout cooldown growth top_p".split(), (0, 1)),
     **dict.fromkeys("dropout label_smoothing align_share".split(), (0, 0.99)),
     "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "dtype": {"auto", "float32", "bfloat16"},
@@ -45,7 +45,7 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
 # settings that a resumed run may change: how long it is, when it reports, what is done with its result
 FREE = set("""init_from out_dir max_steps max_minutes eval_interval device compile accumulation max_new_tokens
     temperature top_k top_p num_samples beams length_penalty num_captions image texts eval_only eval_split baselines
-    prompt""".split())
+    prompt chat frames""".split())
 
 
 def fail(message):

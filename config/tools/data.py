@@ -23,10 +23,34 @@ def to_pixels(image, size):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
-def open_images(where):
-    """The images of a file, a folder or a URL, a list of (name, PIL image); and the names of the files in a folder that
-    Pillow cannot read. Large images are reduced to 1024 pixels, so that a folder of photos fits into memory."""
+def middle_frames(frames, n):
+    """The middle one of each of n equal parts of a sequence; all of a shorter one."""
+    n = min(n, len(frames))
+    return [frames[(2 * i + 1) * len(frames) // (2 * n)] for i in range(n)]
+
+
+def open_file(source, n_frames):
+    """The images of a file, a list: one; of an animated GIF, WebP or PNG n_frames of them, evenly spaced. Large ones
+    are reduced to 1024 pixels, so that a folder of photos fits into memory."""
+    file, images = Image.open(source), []
+    for i in middle_frames(range(getattr(file, "n_frames", 1)), n_frames):
+        file.seek(i)
+        image = file.copy() if i else file
+        image.thumbnail((1024, 1024))
+        image.load()
+        images.append(ImageOps.exif_transpose(image))
+    return images
+
+
+def open_images(where, n_frames=1, clip=False):
+    """What a user shows: a list of (name, [PIL image, ...]); and the names of the files that Pillow cannot read. where:
+    a file or a URL; several, with commas between them, which are seen together; or a folder, of images to be seen one
+    by one, or, with clip, of the frames of a clip. Of a clip, n_frames frames are seen."""
     where = os.path.expanduser(where)
+    if "," in where and not Path(where).exists():
+        parts = [open_images(part.strip(), n_frames) for part in where.split(",")]
+        files = [file for opened, _ in parts for file in opened]
+        return [(", ".join(name for name, _ in files), [image for _, images in files for image in images])], []
     if where.startswith(("http://", "https://")):
         import requests
         try:
@@ -40,22 +64,25 @@ def open_images(where):
         sources = [(p.name, p) for p in sorted(Path(where).iterdir()) if p.suffix.lower() in endings]
         if not sources:
             fail(f"{where}: a folder without images ({', '.join(endings)})")
+        sources = middle_frames(sources, n_frames) if clip else sources
+    elif Path(where).suffix.lower() in (".mp4", ".mov", ".avi", ".mkv", ".webm"):
+        fail(f"{where}: make a folder of its frames first: mkdir clip; ffmpeg -i {where} -vf fps=4 clip/%04d.png; then "
+             "--image=clip --frames=8")
     elif Path(where).is_file():
         sources = [(Path(where).name, Path(where))]
     else:
         fail(f"{where}: no such image file or folder")
-    images, broken = [], []
+    opened, broken = [], []
     for name, source in sources:
         try:
-            image = Image.open(source)
-            image.thumbnail((1024, 1024))
-            image.load()
-            images.append((name, ImageOps.exif_transpose(image)))
+            opened.append((name, open_file(source, 1 if clip else n_frames)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
             broken.append(name)
-    if not images:
+    if not opened:
         fail(f"{', '.join(broken)}: not an image that Pillow can read")
-    return images, broken
+    if clip and Path(where).is_dir():
+        opened = [(Path(where).name, [image for _, images in opened for image in images])]
+    return opened, broken
 
 
 def shift_and_mirror(images, shift, mirrored):

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
+import torch
 import torch.nn.functional as F
 
 matplotlib.use("Agg")  # files, never a window
@@ -14,7 +15,7 @@ from matplotlib import font_manager  # noqa: E402
 
 LABELS = {"train": "training loss", "val": "validation loss", "val_accuracy": "validation accuracy (%)",
           "val_recall": "validation recall at 10 (%)", "val_cider": "validation CIDEr",
-          "val_all_right": "validation, all attributes right (%)", "reward": "reward of samples",
+          "val_right": "validation, answers right (%)", "reward": "reward of samples",
           "greedy": "reward of greedy captions of 200 training photos"}
 
 
@@ -45,30 +46,34 @@ def printable(text):
 
 
 def save_grid(path, images, titles, columns=4, width=34):
-    """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row.
-    width: characters in a line of text."""
-    rows = math.ceil(len(images) / columns)
+    """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row;
+    fewer where images are wide. width: characters in a line of text under a square one."""
+    aspect = max(image.size(2) / image.size(1) for image in images)
+    wide = min(3 * aspect, 9)  # inches
+    high, columns = min(2.6, 0.87 * wide / aspect), min(len(images), max(1, int(3 * columns / wide)))
+    rows, width = math.ceil(len(images) / columns), int(width * wide / 3)
     wrapped = ["\n".join(textwrap.fill(line, width) for line in printable(title).splitlines()) for title in titles]
     deepest = max(text.count("\n") + 1 for text in wrapped)
-    height = rows * (2.6 + 0.19 * deepest)  # inches
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, height), squeeze=False)
+    height = rows * (high + 0.19 * deepest)  # inches
+    figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, text in zip(axes.flat, images, wrapped):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
         axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
                   parse_math=False)  # a caption may hold a $
-    figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / 2.6)
+    figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / high)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def draw_places(path, photo, words, places):
-    """Draw the photo (3, H, W), then a panel per word: the photo, faded where the model did not look as it wrote the
-    word. places: (words, n) shares of the n parts of the image."""
-    size, side = photo.size(-1), math.isqrt(places.size(1))
-    light = (places / places.amax(dim=1, keepdim=True)).view(-1, 1, side, side)
-    light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)  # (words, 1, size, size)
-    panels = [photo, *(255 - (255.0 - photo) * (0.2 + 0.8 * light)).byte()]
-    save_grid(path, panels, ["", *words], columns=min(7, len(panels)))
+def draw_places(path, photos, words, places):
+    """Draw the k photos (k, 3, H, W), then a panel per word: the photos, faded where the model did not look as it wrote
+    the word. places: (words, k * n) shares of the n parts of each photo."""
+    k, size, n_words = len(photos), photos.size(-1), len(words)
+    side = math.isqrt(places.size(1) // k)
+    light = (places / places.amax(dim=1, keepdim=True)).view(n_words, k, side, side)
+    light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)[:, :, None]  # (words, k, 1, size, size)
+    panels = [photos, *(255 - (255.0 - photos) * (0.2 + 0.8 * light)).byte()]  # each (k, 3, size, size)
+    save_grid(path, [torch.cat(tuple(panel), dim=2) for panel in panels], ["", *words], columns=7)
     print(f"wrote {path}")
