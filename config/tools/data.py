@@ -44,10 +44,10 @@ def open_file(source, n_frames):
 
 def open_images(where, n_frames=1, clip=False):
     """What a user shows: a list of (name, [PIL image, ...]); and the names of the files that Pillow cannot read. where:
-    a file or a URL; several, with commas between them, which are seen together; or a folder, of images to be seen one
-    by one, or, with clip, of the frames of a clip. Of a clip, n_frames frames are seen."""
+    a file or a URL; several files, with commas between them, which are seen together; or a folder, of images to be seen
+    one by one, or, with clip, of the frames of a clip. Of a clip, n_frames frames are seen."""
     where = os.path.expanduser(where)
-    if "," in where and not Path(where).exists():
+    if "," in where and not Path(where).exists() and not where.startswith("http"):  # a URL may hold commas
         parts = [open_images(part.strip(), n_frames) for part in where.split(",")]
         files = [file for opened, _ in parts for file in opened]
         return [(", ".join(name for name, _ in files), [image for _, images in files for image in images])], []
