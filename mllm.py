@@ -491,15 +491,6 @@ def words_and_places(model, tokenizer, tokens, prompt, answer):
     return words, torch.stack([seen[span].mean(dim=0) for span in spans])
 
 
-def about_images(text, n, max_images):
-    """What a user says about n images: they stand first, unless <image> stands in the text as often."""
-    if n > max_images:
-        config.fail(f"{n} images at once; this model has learnt at most {max_images}")
-    if text.count("<image>") not in (0, n):
-        config.fail(f"<image> stands {text.count('<image>')} times in the prompt, and there are {n} images")
-    return text if "<image>" in text else "<image>" * n + text
-
-
 def read_inputs(model, checkpoint, settings):
     """What a user asks: data as of load_samples() of the images at settings["image"], with pictures of them to draw; a
     sample of each, or of several together, with settings["prompt"]; and the names of files that are no images."""

@@ -801,6 +801,22 @@ def test_a_word_attends_to_the_images_that_stand_last_before_it():
             close(model(tokens, ids)[0][row], model(own, ids[row:row + 1])[0][0], 1e-4)
 
 
+def test_an_image_changes_the_logits_of_the_words_that_may_see_it_and_of_no_others():
+    rng = np.random.default_rng(1)
+    for most in (1, 5):  # with more than one, images that stand side by side read those before them
+        # one block: its self-attention comes before it sees images, so that no word hears of them from another
+        model = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=1, n_layer=1), max_images=most), 0.3)
+        for k in range(1, 6):
+            ids = torch.from_numpy(rng.permutation([IMAGE_ID] * k + [5, 6, 7, 8]))[None]
+            tokens = torch.randn(k, 4, 24)
+            before = model(tokens, ids)[0][0]
+            for image in range(k):
+                changed = tokens.clone()
+                changed[image] += 1
+                moved = (model(changed, ids)[0][0] - before).abs().max(dim=1).values > 1e-6
+                assert moved.tolist() == [image in seen for seen in visible(ids[0].tolist())]
+
+
 def test_cross_attention_generates_with_a_cache_as_without():
     model, images = shake(tiny_mllm(eos_id=-1, gpt=tiny_gpt_config(cross_every=1)), 0.6), photos(3)
     out = model.generate(images, max_new_tokens=12)
@@ -879,8 +895,9 @@ def third_alone(self, x, **_):
 
 
 def test_a_conversation_reads_each_token_once_and_answers_as_one_pass_does():
-    for cross_every in (0, 1):
-        model = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=cross_every, block_size=200)), 0.3)
+    for cross_every, most in ((0, 1), (1, 1), (1, 2)):
+        gpt = tiny_gpt_config(cross_every=cross_every, block_size=200)
+        model = shake(tiny_mllm(gpt=gpt, max_images=most), 0.3)
         images, n, hidden, read = photos(2), 1 if cross_every else 4, model.gpt.hidden, []
         model.gpt.hidden = lambda x, *rest: (read.append(x.size(1)), hidden(x, *rest))[1]
         chat, logits, per_turn = Conversation(model, images), [], []
