@@ -52,7 +52,7 @@ compile = False  # torch.compile: a minute at the start, faster steps on a GPU
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 dataset = "shapes"  # drawn here; or the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
-n_drawn = 10000  # images to draw: a twentieth to validate, as many to test, the rest to train on
+n_drawn = 10000  # images to draw: a twentieth to validate, but at most 500, as many to test, the rest to train on
 image_size = 48  # pixels a side that the model sees
 crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
@@ -134,7 +134,7 @@ def load_samples(dataset, image_size, n_drawn):
             groups = [[caption_sample(i, c) for c in each] for i, each in enumerate(captions)]
         else:
             images, groups = draw_conversations(n_drawn, image_size, seed=0)
-        some, names = n_drawn // 20, [f"drawn image {i}" for i in range(len(images))]
+        some, names = min(n_drawn // 20, 500), [f"drawn image {i}" for i in range(len(images))]
         splits = {"train": groups[2 * some:], "val": groups[:some], "test": groups[some:2 * some]}
         tokenizer = BPETokenizer.train((text for group in splits["train"] for text in texts_of(group)), 400)
     else:
@@ -227,22 +227,23 @@ def collate(model, data, samples):
     samples, block_size = rows_of(samples), model.config.gpt.block_size
     for group in samples:
         first = n * len(group[0]["images"])  # where the texts begin
-        row = [IMAGE_ID] * first, [False] * first, [0] * first
+        row = [IMAGE_ID] * first, [IGNORE_INDEX] * first, [0] * first
         for segment, sample in enumerate(group, start=1):
             ids, said = encode_messages(sample["messages"], tokenizer, n)
             if ids[:first] != row[0][:first]:  # images among the text: a row of one sample
                 row, first = ([], [], []), 0
-            for column, new in zip(row, (ids[first:], said[first:], [segment] * len(ids[first:]))):
+            after = [i if is_said else IGNORE_INDEX for i, is_said in zip(ids, said)][first + 1:]
+            for column, new in zip(row, (ids[first:-1], after, [segment] * len(after))):
                 column.extend(new)
         rows.append(row)
     numbers = list(dict.fromkeys(i for group in samples for i in group[0]["images"]))
     which = torch.tensor([numbers.index(i) for group in samples for i in group[0]["images"]], dtype=torch.long)
-    T = 8 * math.ceil((max(len(ids) for ids, *_ in rows) - 1) / 8)
-    inputs, targets, segments = (torch.full((len(rows), T), fill) for fill in (tokenizer.pad_id, IGNORE_INDEX, -1))
-    for i, (ids, said, segment) in enumerate(rows):
-        ids, said, last = torch.tensor(ids), torch.tensor(said), len(ids) - 1
-        inputs[i, :last], segments[i, :last] = ids[:-1], torch.tensor(segment[:-1])
-        targets[i, :last] = ids[1:].where(said[1:], IGNORE_INDEX)
+    T = 8 * math.ceil(max(len(ids) for ids, *_ in rows) / 8)
+    columns = [torch.full((len(rows), T), fill) for fill in (tokenizer.pad_id, IGNORE_INDEX, -1)]
+    for i, row in enumerate(rows):
+        for column, values in zip(columns, row):
+            column[i, :len(values)] = torch.tensor(values)
+    inputs, targets, segments = columns
     if segments.max() <= 1:
         return numbers, which, inputs[:, :block_size], targets[:, :block_size], None
     return numbers, which, inputs, targets, segments

@@ -1,0 +1,16 @@
+"""CLIP on Flickr8k's photos and captions (python prepare_flickr8k.py --size=128), on one GPU."""
+out_dir = "out/clip"
+task = "clip"
+dataset = "flickr8k"
+vit_ckpt = "out/cifar/best.pt"  # python vit.py config/cifar.py
+max_minutes = 2.5
+max_steps = 0
+batch_size = 250  # photos: each caption is compared with 249 others
+image_size = 128
+first_size = 64  # pixels a side at the beginning: they grow during 70% of the run
+patch_size = 4  # this and the next three are vit_ckpt's
+n_layer = 7
+n_head = 4
+n_embd = 256
+dropout = 0.1
+eval_interval = 250
