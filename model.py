@@ -185,12 +185,12 @@ def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
     q: (..., Tq, head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk).
     Returns the output (..., Tq, head_dim) and the weights (..., Tq, Tk) before dropout.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., Tq, Tk)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: no NaN where a row sees nothing
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (..., Tq, Tk); to divide q is less work
+    if mask is not None:  # to add is faster than to fill; a finite number gives no NaN where a row sees nothing
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
-    if mask is not None:
-        weights = weights.masked_fill(~mask, 0.0)  # matters for the rows that see nothing alone
+    if mask is not None and not (seen := mask.any(dim=-1, keepdim=True)).all():
+        weights = weights.masked_fill(~seen, 0.0)
     return F.dropout(weights, dropout_p, dropout_p > 0) @ v, weights
 
 
@@ -868,7 +868,7 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
     connector: str = "mlp"  # or linear, pixel_shuffle
-    max_images: int = 1  # that may stand side by side; above 1, attended ones are numbered and read each other
+    max_images: int = 1  # that may stand side by side; where they are attended, an embedding tells which is which
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
@@ -899,9 +899,7 @@ class MLLM(nn.Module):
     - prefix: each placeholder is replaced by one image token, which the GPT reads like a word (LLaVA, Liu et al. 2023).
     - cross (config.gpt.cross_every > 0): one placeholder, a marker, stands for a whole image. Its embedding is the same
       for all images; the image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022). A
-      word attends to the images that stand last before it; images that stand side by side count together. Where
-      config.max_images > 1, an encoder block (mixer) first lets an image's tokens read those of the images before it
-      side by side, so that a difference between two frames of a clip can be seen in one token.
+      word attends to the images that stand last before it; images that stand side by side count together.
     images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode().
     Several texts about the same images may stand in one row, after the images, which are read once: segments (B, T) is
     0 for the images, 1 for the first text, 2 for the second, ..., -1 for padding; a text sees the images and itself."""
@@ -914,8 +912,7 @@ class MLLM(nn.Module):
         cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
         self.marker = nn.Embedding(1, n_embd) if cross else None
         self.order = nn.Embedding(config.max_images, n_embd) if cross and config.max_images > 1 else None
-        self.mixer = EncoderBlock(n_embd, config.gpt.n_head) if self.order else None
-        init_weights(nn.ModuleList([self.connector, self.marker, self.order, self.mixer]))
+        init_weights(nn.ModuleList([self.connector, self.marker, self.order]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
     def encode(self, images):
@@ -950,12 +947,7 @@ class MLLM(nn.Module):
         memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
         image = torch.arange(K, device=tokens.device)
         mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
-        memory = memory.flatten(1, 2)  # (B, K * N, C)
-        if self.mixer is not None:
-            among = mask.new_zeros(len(ids), K, K)
-            among[is_image.nonzero()[:, 0], so_far[is_image] - 1] = mask[is_image]  # an image sees what its marker does
-            memory = self.mixer(memory, among.repeat_interleave(N, dim=1).repeat_interleave(N, dim=2)[:, None])
-        return x, memory, None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
+        return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
 
     def hidden(self, images, ids, segments=None):
         x, memory, memory_mask = self.embed(images, ids)
@@ -1062,7 +1054,7 @@ class Conversation:
         self.ids, start = torch.cat((self.ids, ids), dim=1), self.ids.size(1)
         each = 1 if self.model.gpt.config.cross_every else self.tokens.size(1)  # placeholders of an image
         with evaluating(self.model):
-            x, memory, mask = self.model.embed(self.tokens[:(self.ids == IMAGE_ID).sum() // each], self.ids)  # cheap
+            x, memory, mask = self.model.embed(self.tokens[:(self.ids == IMAGE_ID).sum() // each], self.ids)  # a lookup
             mask = None if mask is None else mask[:, :, start:]
             return self.model.gpt.head(self.model.gpt.hidden(x[:, start:], self.caches, memory, mask))
 
