@@ -65,7 +65,7 @@ max_tokens = 40  # longest text of a sample; one that is longer is cut at a turn
 # model: a checkpoint brings its own architecture
 vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empty: from nothing
 gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
-fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them through gates
+fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
 connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens
 patch_size = 8  # pixels a side of a patch
@@ -136,7 +136,7 @@ def load_samples(dataset, image_size, n_drawn):
             images, groups = draw_conversations(n_drawn, image_size, seed=0)
         some, names = min(n_drawn // 20, 500), [f"drawn image {i}" for i in range(len(images))]
         splits = {"train": groups[2 * some:], "val": groups[:some], "test": groups[some:2 * some]}
-        tokenizer = BPETokenizer.train((text for group in splits["train"] for text in texts_of(group)), 400)
+        tokenizer = BPETokenizer.train((text for group in splits["train"] for text in texts_of(group)), 600)
     else:
         images, table, tokenizer = load_photos(dataset, image_size)
         names = table["names"]
@@ -181,13 +181,19 @@ def encode_messages(messages, tokenizer, n_placeholders):
     return ids, said
 
 
+def n_ids(model, data, samples):
+    """How many ids some samples are together."""
+    n = model.config.n_placeholders(data["images"].size(-1))
+    return sum(len(encode_messages(sample["messages"], data["tokenizer"], n)[0]) for sample in samples)
+
+
 def cut(sample, model, data, to_learn):
     """The sample without its last turns, as many as exceed the model's block_size; None where that is all of them. To
     learn from, the last answer fits as well; to be asked, what stands before it."""
-    n, block_size = model.config.n_placeholders(data["images"].size(-1)), model.config.gpt.block_size
-    messages, room = sample["messages"], block_size + 1 if to_learn else block_size - 1
+    messages, block_size = sample["messages"], model.config.gpt.block_size
+    room = block_size + 1 if to_learn else block_size - 1
     while messages:
-        if len(encode_messages(messages if to_learn else messages[:-1], data["tokenizer"], n)[0]) <= room:
+        if n_ids(model, data, [{"messages": messages if to_learn else messages[:-1]}]) <= room:
             return sample | {"messages": messages}
         messages = messages[:-2]
 
@@ -271,12 +277,17 @@ def encode_images(model, images, batch_size=250):
         return torch.cat([model.encode(some.to(config.device_of(model))) for some in images.split(batch_size)])
 
 
+def prompt_ids(model, data, sample):
+    """What the model reads before it answers: the ids of the conversation so far, then bos."""
+    n = model.config.n_placeholders(data["images"].size(-1))
+    return [*encode_messages(sample["messages"], data["tokenizer"], n)[0], data["tokenizer"].bos_id]
+
+
 def prompts_by_length(model, data, samples, batch_size=250):
-    """What the model reads before it answers. Yields the numbers of some samples, b with equally many images and
-    equally long prompts; the ids (b, T) of these; and the numbers of all their images, in order."""
-    n, prompts, alike = model.config.n_placeholders(data["images"].size(-1)), [], {}
+    """Yields the numbers of some samples, b with equally many images and equally long prompts; the ids (b, T) of these;
+    and the numbers of all their images, in order."""
+    prompts, alike = [prompt_ids(model, data, sample) for sample in samples], {}
     for i, sample in enumerate(samples):
-        prompts.append([*encode_messages(sample["messages"], data["tokenizer"], n)[0], data["tokenizer"].bos_id])
         alike.setdefault((len(prompts[i]), len(sample["images"])), []).append(i)
     for those in alike.values():
         for rows in (those[i:i + batch_size] for i in range(0, len(those), batch_size)):
@@ -405,15 +416,19 @@ def print_kinds(model, data, split, answers):
 
 
 def draw_answers(path, data, split, answers, n=12):
-    """Draw the images of n prompts of a split with the last question and the model's answer, and where it is not right,
-    with a reference under it."""
+    """Draw the images of n prompts of a split with the last question and the model's answer; and of questions, at least
+    one that it has wrong, if there is any, with the right answer under it."""
     prompts, references = prompts_of(data["splits"][split])
     seen, titles = [i for i, prompt in enumerate(prompts) if prompt["images"]], []
-    rows = seen[::max(1, len(seen) // n)][:n] if data["asks"] else seen[:n]
+    rows = seen[:n]
+    if data["asks"]:
+        wrong = [i for i in seen if not is_right(answers[i], references[i])]
+        rows = seen[::max(1, len(seen) // n)][:n]
+        rows = rows if set(rows) & set(wrong) else rows[:n - 1] + wrong[:1]
     for i in rows:
         question = prompts[i]["messages"][-1]["content"].replace("<image>", "")
-        wrong = f"\n({references[i][0]})" if data["asks"] and not is_right(answers[i], references[i]) else ""
-        titles.append((f"{question}\n" if question else "") + answers[i] + wrong)
+        right = f"\n(right: {references[i][0]})" if data["asks"] and i in wrong else ""
+        titles.append((f"{question}\n" if question else "") + answers[i] + right)
     save_grid(path, [torch.cat(tuple(data["images"][prompts[i]["images"]]), dim=2) for i in rows], titles)
 
 
@@ -436,7 +451,7 @@ def build_model(tokenizer, max_images):
         if gpt_config.positions == "learned":
             config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
     if fusion == "cross":
-        gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every)
+        gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every, gated=bool(gpt_ckpt))
     sizes = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images))
     room = dataclasses.replace(gpt_config, block_size=max_images * sizes.n_placeholders(image_size) + max_tokens)
     model = MLLM(dataclasses.replace(sizes, gpt=room))
@@ -549,7 +564,9 @@ def answer_files(model, checkpoint, settings):
 
 def talk(model, checkpoint, settings):
     """Talk about a user's images in the terminal, until an empty line or the end of the input."""
-    data, samples, _ = read_inputs(model, checkpoint, settings)
+    data, samples, broken = read_inputs(model, checkpoint, settings)
+    if broken:
+        print(f"left out, since Pillow cannot read them: {', '.join(broken)}")
     if len(samples) > 1:
         config.fail("a chat is about one image, several (--image=a.png,b.png) or a clip (a folder with --frames=8)")
     dev, tokenizer, block_size = config.device_of(model), data["tokenizer"], model.config.gpt.block_size
@@ -661,8 +678,7 @@ def train(model, data, phase, settings, resumed, before):
             order = torch.randperm(len(groups[i]), generator=draw).tolist()
             samples.append([groups[i][j] for j in order[:captions_per_photo]])
         config.seed_step(seed, run.step)  # of augmentation and dropout
-        samples = config.my_share(samples)
-        samples.sort(key=lambda some: len(some[0]["images"]))  # stable: rows of a part are about equally long
+        samples = sorted(config.my_share(samples), key=lambda some: n_ids(model, data, some))  # less padding in a part
         b = len(samples) // accumulation
         parts = [get_batch(model, data, samples[i:i + b]) for i in range(0, len(samples), b)]
         counts = [(targets != IGNORE_INDEX).sum().item() for _, _, _, targets, _ in parts]

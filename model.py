@@ -662,7 +662,8 @@ class GPTConfig:
     positions: str = "rotary"  # "learned", "sinusoidal"
     bias: bool = False
     tie_weights: bool = True  # the output layer is the token embedding, transposed
-    cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens, through a gate; 0: none
+    cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none
+    gated: bool = True  # through gates that start at 0, so that a trained GPT stays what it was; a new one learns slower
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -696,7 +697,7 @@ class GPT(nn.Module):
         rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
         self.drop = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, activation=c.activation,
-                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=True)
+                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
@@ -868,7 +869,7 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
     connector: str = "mlp"  # or linear, pixel_shuffle
-    max_images: int = 1  # that may stand side by side; where they are attended, an embedding tells which is which
+    max_images: int = 1  # that may stand side by side; above 1 an embedding tells which is which
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
@@ -911,7 +912,7 @@ class MLLM(nn.Module):
         self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
         cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
         self.marker = nn.Embedding(1, n_embd) if cross else None
-        self.order = nn.Embedding(config.max_images, n_embd) if cross and config.max_images > 1 else None
+        self.order = nn.Embedding(config.max_images, n_embd) if config.max_images > 1 else None
         init_weights(nn.ModuleList([self.connector, self.marker, self.order]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
@@ -929,20 +930,21 @@ class MLLM(nn.Module):
         if is_image.sum() != (M if self.config.gpt.cross_every else M * N):
             raise ValueError(f"{is_image.sum()} placeholders for {M} images of {N} tokens each")
         x = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
-        if self.marker is None:
-            return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
-        x = torch.where(is_image[:, :, None], self.marker.weight, x)
         if M == 0:
             return x, None, None
-        so_far = is_image.cumsum(dim=1)  # (B, T), how many images stand up to here
-        K = int(so_far[:, -1].max())  # the most images of a row
-        starts = is_image & ~F.pad(is_image, (1, -1))  # an image without one right before it: the first of a group
-        first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first image of the last group
+        n = is_image.sum() // M  # placeholders of an image
+        so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
+        starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
+        first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group
         if self.order is not None:  # without it, images that stand side by side are a set
-            places = (so_far - 1 - first)[is_image]  # (M,)
+            places = (so_far - 1 - first)[is_image][::n] // n  # (M,)
             if places.max() >= self.config.max_images:
                 raise SettingError(f"{places.max() + 1} images side by side, and max_images={self.config.max_images}")
             tokens = tokens + self.order(places)[:, None]  # (M, N, C)
+        if self.marker is None:
+            return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
+        x = torch.where(is_image[:, :, None], self.marker.weight, x)
+        K = int(so_far[:, -1].max())  # the most images of a row
         memory = tokens.new_zeros(len(ids), K, N, C)
         memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
         image = torch.arange(K, device=tokens.device)

@@ -128,6 +128,16 @@ def sample_statistics(captions, rewards):
             "distinct": 100 * len(set(map(tuple, captions))) / len(captions)}
 
 
+def batch_of(lengths, batch_size, step, seed):
+    """(batch_size,) rows of a step's batch, each row once per epoch: shuffled, then sorted by lengths (n,), so that
+    most of what is written together has equally long prompts."""
+    epoch, position = divmod(step, len(lengths) // batch_size)
+    draw = config.shared_generator(seed, epoch)
+    order = torch.randperm(len(lengths), generator=draw)
+    batches = order[lengths[order].argsort(stable=True)].split(batch_size)
+    return batches[torch.randperm(len(lengths) // batch_size, generator=draw)[position]]
+
+
 def find_sft():
     """The sft.pt to start from."""
     found = sorted(Path(sft_dir or "out").glob("sft.pt" if sft_dir else "*/sft.pt"), key=lambda p: p.stat().st_mtime)
@@ -145,6 +155,8 @@ def train(run, model, optimizers, data, reward, prompts, **about):
     about: what else the checkpoints are to hold, such as sft_settings."""
     sft, tokenizer = about["sft_settings"], data["tokenizer"]
     dev, per_step, history = config.device_of(model), min(batch_size, len(prompts)), []
+    lengths = torch.tensor([[len(mllm.prompt_ids(model, data, prompt)), len(prompt["images"])] for prompt in prompts])
+    lengths = lengths @ torch.tensor([1, 10 ** 6])  # (n,), the same for equally long prompts about equally many images
     fixed = range(0, len(prompts), max(1, len(prompts) // 200))  # training prompts whose greedy answers are scored
 
     def write(tokens, ids, **decoding):
@@ -170,7 +182,7 @@ def train(run, model, optimizers, data, reward, prompts, **about):
             history = []
         if progress == 1:
             break
-        batch = config.my_share(config.epoch_rows(len(prompts), per_step, run.step, seed))  # of the prompts
+        batch = config.my_share(batch_of(lengths, per_step, run.step, seed))  # of the prompts
         config.seed_step(seed, run.step)  # of augmentation and samples
         began, in_reward, drafts, said, values = time.perf_counter(), 0.0, [], [], []
         for some in batch.chunk(accumulation):  # write answers, see what they are worth

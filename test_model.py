@@ -1370,6 +1370,15 @@ def test_advantages_of_both_baselines():
     assert torch.allclose(scst.advantages(rewards), torch.tensor([[-3., -1.5, 4.5], [-1.5, -1.5, 3]]))
 
 
+def test_prompts_of_one_length_stand_in_one_batch():
+    lengths = torch.tensor([5, 3, 5, 3, 5, 3, 5, 3, 5])
+    for epoch in range(2):
+        batches = [scst.batch_of(lengths, 4, step, seed=1) for step in (2 * epoch, 2 * epoch + 1)]
+        assert sorted(len(set(lengths[rows].tolist())) for rows in batches) == [1, 1]
+        assert len(set(torch.cat(batches).tolist())) == 8
+    assert not torch.cat(batches).equal(torch.cat([scst.batch_of(lengths, 4, step, seed=2) for step in (2, 3)]))
+
+
 def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     model, sampled = shake(tiny_mllm()), torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]])  # 2 is the end token
     tokens = model.encode(photos(2)).detach()
@@ -1420,7 +1429,7 @@ def test_answers_about_drawn_images_are_right():
     """Every answer about one image is worked out again, from its caption, by reading the question in another way."""
     images, groups = questions.draw_conversations(400, 48, seed=2)
     checked = Counter()
-    for group in groups[::4]:
+    for group in (group for group in groups if len(group[0]["images"]) == 1):
         talks = [[m["content"].replace("<image>", "") for m in sample["messages"]] for sample in group]
         caption = next(talk[1] for talk, sample in zip(talks, group) if sample["messages"][1]["kind"] == "caption")
         things = [dict(zip(("size", "colour", "shape", "place"), thing)) for thing in shapes.attributes(caption)]
@@ -1617,10 +1626,11 @@ def total_loss(model, data, samples):
 def test_samples_in_one_row_have_the_losses_that_they_have_alone():
     ask = lambda images, *texts: {"images": images, "messages": [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
-    groups = [[ask([2], "<image>", "a dog"), ask([2], "<image>so?", "yes", "why", "so"), ask([2], "<image>", "y" * 20)],
-              [ask([0, 1], "<image><image>or?", "no"), ask([0, 1], "<image><image>", "two")],
-              [ask([], "hi", "hello")], [ask([3], "so<image>?", "yes"), ask([3], "<image>?", "no")]]
     for cross_every, positions in ((0, "rotary"), (1, "rotary"), (0, "sinusoidal"), (0, "learned")):
+        longest = "y" * (28 if cross_every else 25)  # with the image, bos and eos one id more than block_size
+        groups = [[ask([2], "<image>", longest), ask([2], "<image>so?", "yes", "why", "so"), ask([2], "<image>", "a")],
+                  [ask([0, 1], "<image><image>or?", "no"), ask([0, 1], "<image><image>", "two")],
+                  [ask([], "hi", "hello")], [ask([3], "so<image>?", "yes"), ask([3], "<image>?", "no")]]
         model, data = words_model(30, cross_every=cross_every, positions=positions)
         shake(model, 0.1)
         samples = [[sample] for group in groups for sample in group]
@@ -2033,6 +2043,8 @@ def test_the_recipes_for_a_gpu_start():
         assert "10,6" in run(gpt, str(recipes / "shakespeare.py"), *few, "--max_new_tokens=2")  # million parameters
         assert "step 2/2" in run(vit, str(recipes / "cifar.py"), *few, "--n_val=8")
         run(gpt, *TOY[gpt], "--dataset=mine", "--out_dir=out/words")
+        small = ("--dataset=mine", "--image_size=16", "--first_size=8", "--vit_ckpt=")
+        assert "step 2/2" in run(vit, str(recipes / "clip.py"), *few, *small)
         small = ("--dataset=mine", "--image_size=16", "--vit_ckpt=", "--gpt_ckpt=out/words/best.pt", "--vit_layer=1")
         assert "step 2/2" in run(mllm, str(recipes / "flickr8k.py"), *few, *small)
         assert "step 2/2" in run(scst, str(recipes / "flickr8k_scst.py"), *few)
@@ -2111,7 +2123,7 @@ def likely_tokens(logits, temperature=1.0, *_):
 def test_questions_about_drawn_images_are_learnt_and_asked():
     with in_new_folder():
         args = (*TOY[mllm][:-1], "--dataset=questions", "--connector=pixel_shuffle", "--image_size=48",
-                "--max_tokens=64", "--n_drawn=80", "--max_steps=4",
+                "--max_tokens=64", "--n_drawn=160", "--max_steps=4",
                 "--align_share=0.5", "--beams=1", "--out_dir=out/asked")
         for fusion in ("prefix", "cross"):
             said = run(mllm, *args, f"--fusion={fusion}")

@@ -1,4 +1,4 @@
-"""CIFAR-10 on one GPU. Not yet run on a GPU."""
+"""CIFAR-10 on one GPU. On a GPU it has only been started."""
 out_dir = "out/cifar"
 max_minutes = 8.0
 max_steps = 0

@@ -1,4 +1,5 @@
-"""CLIP on Flickr8k's photos and captions (python prepare_flickr8k.py --size=128), on one GPU."""
+"""CLIP on Flickr8k's photos and captions (python prepare_flickr8k.py --size=128), on one GPU. On a GPU it has only
+been started."""
 out_dir = "out/clip"
 task = "clip"
 dataset = "flickr8k"

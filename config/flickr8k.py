@@ -1,7 +1,8 @@
-"""Captions of Flickr8k photos (python prepare_flickr8k.py --size=128) on one GPU. Not yet run on a GPU."""
+"""Captions of Flickr8k photos (python prepare_flickr8k.py --size=128) on one GPU. On a GPU it has only been
+started."""
 out_dir = "out/flickr8k"
 dataset = "flickr8k"
-vit_ckpt = "out/cifar/best.pt"  # python vit.py config/cifar.py; patches of 4 pixels, positions interpolated to 32x32
+vit_ckpt = "out/clip/best.pt"  # python vit.py config/clip.py; 32x32 patches of 4 pixels
 gpt_ckpt = "out/captions_cpu/best.pt"  # python gpt.py config/captions_cpu.py, which takes seconds on a GPU
 image_size = 128
 fusion = "cross"

@@ -1,4 +1,4 @@
-"""SCST of the captioner of config/flickr8k.py, on one GPU. Not yet run on a GPU."""
+"""SCST of the captioner of config/flickr8k.py, on one GPU. On a GPU it has only been started."""
 out_dir = "out/flickr8k_scst"
 sft_dir = "out/flickr8k"  # python mllm.py config/flickr8k.py
 max_minutes = 6.0

@@ -165,7 +165,7 @@ def ask_pair(rng):
     if not changed or not after:
         after, talks = make_scene(rng.integers(1, 5), rng), []
     scenes = before, after
-    for _ in range(3):
+    for _ in range(2):
         equal = rng.random() < 0.3
         for _ in range(20):
             words, attributes = countable(pick(rng, scenes), rng)
@@ -227,18 +227,18 @@ def ask_clip(rng):
 
 
 def draw_conversations(n, size, seed):
-    """n groups of conversations, a quarter about one image, a quarter about two, half about the frames of a clip, since
-    clips are the hardest: the images, (m, 3, size, size) uint8; and the groups, lists of samples (see mllm.py) about
-    the same images. An answer says of which kind its question is."""
+    """n groups of conversations, a quarter about one image, which is the easiest, and as many about two as about the
+    frames of a clip: the images, (m, 3, size, size) uint8; and the groups, lists of samples (see mllm.py) about the
+    same images. An answer says of which kind its question is."""
     rng, images, groups = np.random.default_rng(seed), [], []
     for i in range(n):
         begin = len(images)
-        if i % 4 >= 2:
+        if i % 8 >= 5:
             frames, talks = ask_clip(rng)
             ground = background(rng)
             images += [draw(looks, ground, size) for looks in frames]
         else:
-            if i % 4 == 1:
+            if i % 8 >= 2:
                 scenes, talks = ask_pair(rng)
             else:
                 scenes = [make_scene(rng.integers(1, 5), rng)]
