@@ -14,8 +14,9 @@ about one image, several, or a clip.
 Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 from config/flickr8k_cpu.py:
 26 minutes on two CPU cores with AVX512-BF16 or AMX.
 Training has two phases: `align`, on captions alone, trains what is new, such as the connector, while what stages 1 and
-2 brought is frozen; `sft` (supervised fine-tuning) trains all on all samples. A run writes log.csv, loss.png,
-captions.png or answers.png, align.pt, sft.pt (the best on validation by CIDEr, or by right answers) and last.pt.
+2 brought is frozen; `sft` (supervised fine-tuning) trains all, or all but the ViT, on all samples. A run writes
+log.csv, loss.png, captions.png or answers.png, align.pt, sft.pt (the best on validation by CIDEr, or by right answers)
+and last.pt.
 """
 
 import contextlib
@@ -42,17 +43,17 @@ init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
 eval_split = "val"  # what eval_only and baselines evaluate: train, val or test
 image = ""  # caption this file, folder or URL and stop; a.png,b.png: both together; an animated file: its frames
-prompt = ""  # ask this about image, instead
+prompt = ""  # ask this about image instead of captioning it
 chat = False  # talk about image in the terminal, turn by turn
-frames = 0  # images that a clip is read as, evenly spaced, and a folder with it; 0: as many as the model has learnt
+frames = 0  # how many frames of a clip are read; above 0 a folder is a clip too; 0: as many as the model has learnt
 baselines = False  # print the scores of people, of the nearest photos' captions and of out_dir/sft.pt and stop
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
 compile = False  # torch.compile: a minute at the start, faster steps on a GPU
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
-dataset = "shapes"  # drawn here; or the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
-n_drawn = 10000  # images to draw: a twentieth to validate, but at most 500, as many to test, the rest to train on
+dataset = "shapes"  # drawn here, as is questions; or the folder under data/ of prepare_flickr8k.py, such as flickr8k
+n_drawn = 10000  # images, or groups of them, to draw; a twentieth, at most 500, to validate and as many to test
 image_size = 48  # pixels a side that the model sees
 crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
@@ -61,7 +62,7 @@ word_dropout = 0.0  # share of the tokens that are hidden from the GPT while it 
 batch_size = 64  # photos per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
 captions_per_photo = 1  # captions per photo in a step: its image tokens are computed once
-max_tokens = 40  # longest text of a sample; one that is longer is cut at a turn
+max_tokens = 40  # longest text of a sample with the most images; one that is longer loses its last turns
 # model: a checkpoint brings its own architecture
 vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empty: from nothing
 gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
@@ -77,7 +78,7 @@ gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
 dropout = 0.0  # in the ViT and the GPT
-label_smoothing = 0.0  # share of the target that is spread over all words; the log's train holds it, its val does not
+label_smoothing = 0.0  # share of the target that is spread over all words, in the training loss alone
 # optimization
 align_share = 0.0  # part of the run for the phase align: captions alone, and what a checkpoint brought is frozen
 train_vit = True  # the phase sft trains the ViT too
@@ -89,8 +90,8 @@ weight_decay = 0.05  # of matrices and embeddings, relative to the rate
 warmup_steps = 50  # steps in which the rate rises to its peak, in each phase
 cooldown = 0.8  # the last part of each phase, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
-eval_interval = 200  # steps between lines of the log, each with validation loss and CIDEr
-# decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of it
+eval_interval = 200  # steps between lines of the log, each with the validation loss, in sft with CIDEr
+# decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of greedy
 beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
@@ -114,7 +115,8 @@ def prompts_of(groups):
     for sample in (sample for group in groups for sample in group):
         for k, message in enumerate(sample["messages"]):
             if message["role"] == "assistant":
-                prompt = sample | {"messages": sample["messages"][:k], "kind": message.get("kind", "caption")}
+                kind = message.get("kind", "caption" if sample["messages"][0]["content"] == "<image>" else "question")
+                prompt = sample | {"messages": sample["messages"][:k], "kind": kind}
                 found.setdefault(repr(prompt), (prompt, []))[1].append(message["content"])
     return [list(column) for column in zip(*found.values())]
 
@@ -125,8 +127,8 @@ def texts_of(samples):
 
 
 def load_samples(dataset, image_size, n_drawn):
-    """{images (n, 3, image_size, image_size) uint8, names: n, drawn: whether they are drawn here, tokenizer, splits:
-    {train, val, test: groups of samples}}"""
+    """{images (n, 3, image_size, image_size) uint8, names: n, drawn: whether they are drawn here, asks: whether users
+    say anything, tokenizer, splits: {train, val, test: groups of samples}}"""
     drawn = dataset in ("shapes", "questions")
     if drawn:
         if dataset == "shapes":
@@ -136,7 +138,8 @@ def load_samples(dataset, image_size, n_drawn):
             images, groups = draw_conversations(n_drawn, image_size, seed=0)
         some, names = min(n_drawn // 20, 500), [f"drawn image {i}" for i in range(len(images))]
         splits = {"train": groups[2 * some:], "val": groups[:some], "test": groups[some:2 * some]}
-        tokenizer = BPETokenizer.train((text for group in splits["train"] for text in texts_of(group)), 600)
+        texts = (text for group in splits["train"] for text in texts_of(group))
+        tokenizer = BPETokenizer.train(texts, 600)  # an id for every word
     else:
         images, table, tokenizer = load_photos(dataset, image_size)
         names = table["names"]
@@ -145,7 +148,7 @@ def load_samples(dataset, image_size, n_drawn):
         else:
             splits = {split: [[caption_sample(i, c) for c in table["captions"][i]] for i in rows]
                       for split, rows in table["splits"].items()}
-    asks = any(texts_of(group)[0] for group in splits["train"])
+    asks = any(any(texts_of([sample])[::2]) for group in splits["train"] for sample in group)
     return {"images": torch.from_numpy(images), "names": names, "drawn": drawn, "asks": asks, "tokenizer": tokenizer,
             "splits": splits}
 
@@ -160,7 +163,8 @@ def by_images(samples):
 
 def captions_of(data):
     """data with those samples alone that describe one image without a question."""
-    captions = lambda group: [sample for sample in group if sample["messages"][0]["content"] == "<image>"]
+    is_caption = lambda messages: len(messages) == 2 and messages[0]["content"] == "<image>"
+    captions = lambda group: [sample for sample in group if is_caption(sample["messages"])]
     return data | {"splits": {split: list(filter(None, map(captions, groups)))
                               for split, groups in data["splits"].items()}}
 
@@ -200,50 +204,50 @@ def cut(sample, model, data, to_learn):
 
 def fit(data, model):
     """data with its samples cut() where they are too long; prints how many are."""
-    splits, before, after = {}, [], []
+    splits, before, after, block_size = {}, [], [], model.config.gpt.block_size
     for split, groups in data["splits"].items():
         splits[split] = [[short for sample in group if (short := cut(sample, model, data, split == "train"))]
                          for group in groups]
         splits[split] = [group for group in splits[split] if group]
+        if not splits[split]:
+            config.fail(f"no sample of {split} fits the context of {block_size} tokens; raise max_tokens")
         before += [len(sample["messages"]) for group in groups for sample in group]
         after += [len(sample["messages"]) for group in splits[split] for sample in group]
     if sum(after) < sum(before):
-        print(f"context of {model.config.gpt.block_size} tokens: {(sum(before) - sum(after)) // 2:,} turns are cut "
+        print(f"context of {block_size} tokens: {(sum(before) - sum(after)) // 2:,} turns are cut "
               f"off, and of {len(before) - len(after):,} samples nothing is left")
     return data | {"splits": splits}
 
 
-def rows_of(samples):
-    """Samples, of which those in a list are about the same images -> lists of samples that stand in one row: all of a
-    list, where their images stand first, so that the images are read once for all of them; else each alone."""
+def rows_of(groups):
+    """Groups of samples about the same images -> lists of samples that stand in one row: all of a group, where their
+    images stand first, so that the images are read once for all of them; else each alone."""
     rows = []
-    for group in samples:
+    for group in groups:
         opening = "<image>" * len(group[0]["images"])
         first = all(sample["messages"][0]["content"].startswith(opening) for sample in group)
         rows += [group] if first else [[sample] for sample in group]
     return rows
 
 
-def collate(model, data, samples):
-    """Samples, in lists of those about the same images -> numbers, the list of their images, each once; which (n,), the
-    place there of each row's images in order; inputs, targets and segments (B, T): the targets are one token later, and
+def collate(model, data, groups):
+    """Groups of samples about the same images -> numbers, the list of their images, each once; which, for each image of
+    each row in order, its place in numbers; inputs, targets and segments (B, T): the targets are one token later, and
     -1 where the assistant does not speak; segments as in MLLM, None where each row is one sample. T is a multiple of 8,
     or block_size: CPUs prepare a product anew for a new shape."""
     tokenizer, n, rows = data["tokenizer"], model.config.n_placeholders(data["images"].size(-1)), []
-    samples, block_size = rows_of(samples), model.config.gpt.block_size
-    for group in samples:
-        first = n * len(group[0]["images"])  # where the texts begin
+    groups, block_size = rows_of(groups), model.config.gpt.block_size
+    for group in groups:
+        first = n * len(group[0]["images"]) if len(group) > 1 else 0  # where the texts begin that share the images
         row = [IMAGE_ID] * first, [IGNORE_INDEX] * first, [0] * first
         for segment, sample in enumerate(group, start=1):
             ids, said = encode_messages(sample["messages"], tokenizer, n)
-            if ids[:first] != row[0][:first]:  # images among the text: a row of one sample
-                row, first = ([], [], []), 0
             after = [i if is_said else IGNORE_INDEX for i, is_said in zip(ids, said)][first + 1:]
             for column, new in zip(row, (ids[first:-1], after, [segment] * len(after))):
                 column.extend(new)
         rows.append(row)
-    numbers = list(dict.fromkeys(i for group in samples for i in group[0]["images"]))
-    which = torch.tensor([numbers.index(i) for group in samples for i in group[0]["images"]], dtype=torch.long)
+    numbers = list(dict.fromkeys(i for group in groups for i in group[0]["images"]))
+    which = torch.tensor([numbers.index(i) for group in groups for i in group[0]["images"]], dtype=torch.long)
     T = 8 * math.ceil(max(len(ids) for ids, *_ in rows) / 8)
     columns = [torch.full((len(rows), T), fill) for fill in (tokenizer.pad_id, IGNORE_INDEX, -1)]
     for i, row in enumerate(rows):
@@ -255,16 +259,19 @@ def collate(model, data, samples):
     return numbers, which, inputs, targets, segments
 
 
-def get_batch(model, data, samples):
-    """collate() for training, on the model's device: augmented images (M, 3, H, W) instead of their numbers, and hidden
-    words in the inputs. Draws from torch's global generator."""
+def get_batch(model, data, groups):
+    """collate() for training, on the model's device: augmented images (M, 3, H, W) instead of their numbers, or where
+    data holds frozen_features() those; and hidden words in the inputs. Draws from torch's global generator."""
     dev, tokenizer = config.device_of(model), data["tokenizer"]
-    numbers, which, inputs, targets, segments = collate(model, data, samples)
-    texts = [texts_of(sample for group in samples for sample in group if i in sample["images"]) for i in numbers]
+    numbers, which, inputs, targets, segments = collate(model, data, groups)
+    texts = [texts_of(sample for group in groups for sample in group if i in sample["images"]) for i in numbers]
     if word_dropout:
         hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= tokenizer.n_special)
         inputs = inputs.masked_fill(hidden, tokenizer.pad_id)
-    images = augment_photos(data["images"][numbers].to(dev), texts, crop, jitter, mirror)
+    if "features" in data:
+        images = data["features"][numbers].to(dev)
+    else:
+        images = augment_photos(data["images"][numbers].to(dev), texts, crop, jitter, mirror)
     return images, *(None if tensor is None else tensor.to(dev) for tensor in (which, inputs, targets, segments))
 
 
@@ -275,6 +282,13 @@ def encode_images(model, images, batch_size=250):
     """(M, 3, H, W) -> (M, N, C) image tokens, on the model's device"""
     with evaluating(model), config.autocast(model):
         return torch.cat([model.encode(some.to(config.device_of(model))) for some in images.split(batch_size)])
+
+
+def frozen_features(model, images, batch_size=250):
+    """(M, 3, H, W) -> (M, N, C) features of the ViT, on the CPU: a frozen ViT sees an image once, not once per epoch."""
+    with torch.no_grad(), evaluating(model), config.autocast(model):
+        return torch.cat([model.vit.features(some.to(config.device_of(model))).to(config.number_type(model)).cpu()
+                          for some in images.split(batch_size)])
 
 
 def prompt_ids(model, data, sample):
@@ -339,8 +353,8 @@ def validation_loss(model, data, split, batch_size=250):
     """Mean loss in nats per token, of one sample per group: the first of the first, the second of the second, ..."""
     samples = [cut(group[i % len(group)], model, data, True) for i, group in enumerate(data["splits"][split])]
     samples = [[sample] for sample in samples if sample]
-    if not samples:
-        config.fail(f"no sample of {split} fits the context of {model.config.gpt.block_size} tokens; raise max_tokens")
+    if not samples:  # of what fit() kept because it can be asked, no answer fits
+        config.fail(f"no answer of {split} fits the context of {model.config.gpt.block_size} tokens; raise max_tokens")
     total, count, dev = 0.0, 0, config.device_of(model)
     with evaluating(model), config.autocast(model):
         for first in range(0, len(samples), batch_size):
@@ -404,7 +418,8 @@ def print_kinds(model, data, split, answers):
     right = {name: [is_right(*pair) for pair in zip(each, references)] for name, each in said.items()}
     rows, numbers = {}, {}
     for i, prompt in enumerate(prompts):
-        about = ("no image", "one image", "two images", "video")[min(3, len(prompt["images"]))]
+        more = "video" if data["drawn"] else "more images"
+        about = ("no image", "one image", "two images", more)[min(3, len(prompt["images"]))]
         for name in (prompt["kind"], about, "all"):
             rows.setdefault(name, []).append(i)
     print(f"{split:<14}{'answers':>9}" + "".join(f"{name:>14}" for name in right))
@@ -420,14 +435,13 @@ def draw_answers(path, data, split, answers, n=12):
     one that it has wrong, if there is any, with the right answer under it."""
     prompts, references = prompts_of(data["splits"][split])
     seen, titles = [i for i, prompt in enumerate(prompts) if prompt["images"]], []
-    rows = seen[:n]
-    if data["asks"]:
-        wrong = [i for i in seen if not is_right(answers[i], references[i])]
-        rows = seen[::max(1, len(seen) // n)][:n]
-        rows = rows if set(rows) & set(wrong) else rows[:n - 1] + wrong[:1]
+    wrong = [i for i in seen if not is_right(answers[i], references[i])] if data["asks"] else []
+    rows = seen[::max(1, len(seen) // n) if data["asks"] else 1][:n]
+    if wrong and not set(rows) & set(wrong):
+        rows[-1] = wrong[0]
     for i in rows:
         question = prompts[i]["messages"][-1]["content"].replace("<image>", "")
-        right = f"\n(right: {references[i][0]})" if data["asks"] and i in wrong else ""
+        right = f"\n(right: {references[i][0]})" if i in wrong else ""
         titles.append((f"{question}\n" if question else "") + answers[i] + right)
     save_grid(path, [torch.cat(tuple(data["images"][prompts[i]["images"]]), dim=2) for i in rows], titles)
 
@@ -645,13 +659,15 @@ def train(model, data, phase, settings, resumed, before):
         if not data["splits"]["train"] or not data["splits"]["val"]:
             config.fail("align_share: the phase align learns captions, and no sample is one image and its caption")
     groups, dev = data["splits"]["train"], config.device_of(model)
-    per_step = min(batch_size, len(groups))  # photos
+    per_step, units = min(batch_size, len(groups)), "groups" if data["asks"] else "photos"
     config.check_batch(per_step, accumulation)
     freeze(model, phase)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     end = align_share if phase == "align" else 1.0  # the share of the run at which the phase ends
     run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before)
     run_model = config.maybe_compile(model, compile)
+    if phase == "sft" and not train_vit and crop == 1 and not jitter and not mirror:
+        data["features"] = frozen_features(model, data["images"])
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -668,7 +684,7 @@ def train(model, data, phase, settings, resumed, before):
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = ("val_cider", "val_bleu4", "val_shuffled", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
-                run.log(numbers, factor * adam_lr, per_step * captions_per_photo, "captions", file_only=scores)
+                run.log(numbers, factor * adam_lr, per_step, units, file_only=scores)
                 run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase,
                          asks=data["asks"])
         if progress == 1:
@@ -713,7 +729,9 @@ def main(argv=None):
         most = max(len(sample["images"]) for groups in data["splits"].values() for group in groups for sample in group)
         model, origin = build_model(data["tokenizer"], most)
     model, data = config.place(model, dev, resumed["dtype"] if resumed else dtype), fit(data, model)
-    print(f"{dataset}: " + ", ".join(f"{len(groups):,} photos to {split}" for split, groups in data["splits"].items())
+    sizes = (f"{len(groups):,} {'groups' if data['asks'] else 'photos'} to {split}"
+             for split, groups in data["splits"].items())
+    print(f"{dataset}: " + ", ".join(sizes)
           + f"; {model.config.n_image_tokens(image_size)} image tokens each; on {dev}")
     for part, where in origin.items():
         print(f"{part:<9} {sum(p.numel() for p in getattr(model, part).parameters()):>10,} parameters, {where}")

@@ -663,7 +663,7 @@ class GPTConfig:
     bias: bool = False
     tie_weights: bool = True  # the output layer is the token embedding, transposed
     cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none
-    gated: bool = True  # through gates that start at 0, so that a trained GPT stays what it was; a new one learns slower
+    gated: bool = True  # through gates that start at 0: a trained GPT stays what it was, and a new one learns slower
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -888,7 +888,7 @@ class MLLMConfig:
 
     def n_placeholders(self, image_size):
         """How many ids stand for an image: one per image token, or a single marker with cross-attention."""
-        n_image_tokens = self.n_image_tokens(image_size)  # or the error that patches do not fit
+        n_image_tokens = self.n_image_tokens(image_size)  # with cross-attention too, for its error
         return 1 if self.gpt.cross_every else n_image_tokens
 
 
@@ -917,8 +917,8 @@ class MLLM(nn.Module):
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
     def encode(self, images):
-        """(M, 3, H, W) pixels -> (M, N, n_embd of the GPT) image tokens"""
-        return self.connector(self.vit.features(images))
+        """(M, 3, H, W) pixels, or (M, N, n_embd of the ViT) features of it -> (M, N, n_embd of the GPT) image tokens"""
+        return self.connector(images if images.dim() == 3 else self.vit.features(images))
 
     def embed(self, images, ids):
         """ids (B, T) -> x (B, T, C), the embeddings of words and images; and the memory of GPT.hidden() and its mask.
@@ -936,7 +936,7 @@ class MLLM(nn.Module):
         so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
         starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group
-        if self.order is not None:  # without it, images that stand side by side are a set
+        if self.order is not None:  # without it, attended images that stand side by side are a set
             places = (so_far - 1 - first)[is_image][::n] // n  # (M,)
             if places.max() >= self.config.max_images:
                 raise SettingError(f"{places.max() + 1} images side by side, and max_images={self.config.max_images}")
@@ -952,17 +952,17 @@ class MLLM(nn.Module):
         return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
 
     def hidden(self, images, ids, segments=None):
+        """What the GPT's head takes, (B, T, C). Texts that share images in a row do not see each other, and the
+        positions of each begin right after the images."""
         x, memory, memory_mask = self.embed(images, ids)
         mask = positions = None
         if segments is not None:
-            mask = (segments[:, :, None] == segments[:, None, :]) | (segments == 0)[:, None, :]  # (B, T, T)
-            first = (segments == 0).sum(dim=1, keepdim=True)  # (B, 1), the position of the first word of each text
-            place = torch.arange(ids.size(1), device=ids.device).expand_as(ids)
-            begins = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-            begin = torch.where(begins, place, 0).cummax(dim=1).values  # (B, T), where the text of each word begins
-            positions = torch.where(segments < 0, 0, place - begin + first * (segments > 0))  # (B, T)
-            mask = mask[:, None]
-        return self.gpt.hidden(x, None, memory, memory_mask, mask, positions)  # (B, T, C), ready for the GPT's head
+            same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+            mask = (same | (segments == 0)[:, None, :])[:, None]
+            before = same.tril(-1).sum(dim=2)  # (B, T), tokens of the same text, or of the images, that stand before
+            images_end = (segments == 0).sum(dim=1, keepdim=True)  # (B, 1)
+            positions = before * (segments >= 0) + images_end * (segments > 0)  # (B, T), 0 for padding
+        return self.gpt.hidden(x, None, memory, memory_mask, mask, positions)
 
     def caption_prompt(self, tokens):
         """(B, N, C) image tokens -> (B, T) ids that ask for a caption of each image: its placeholders, then bos."""
@@ -1021,8 +1021,8 @@ class MLLM(nn.Module):
 
     @torch.no_grad()
     def attention_to_images(self, images, ids):
-        """How much the model attends to each part of an image when it writes the token after each of ids (B, T).
-        images: (B, 3, H, W), one per row. Returns (B, T, N), the mean over layers and heads, of sum 1."""
+        """How much the model attends to each part of the images when it writes the token after each of ids (B, T).
+        images: (B * k, 3, H, W), k per row. Returns (B, T, k * N), the mean over layers and heads, of sum 1."""
         blocks = self.gpt.decoder.blocks
         layers = [b.cross_attn for b in blocks if b.cross_attn is not None] or [b.attn for b in blocks]
         try:

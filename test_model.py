@@ -1573,19 +1573,20 @@ def test_a_conversation_that_is_too_long_is_cut_at_a_turn():
                                           (6, 0, 2), (5, 0, 0)):
             model, data = words_model(n + block_size, cross_every=cross_every)
             data["splits"] = {"train": [[sample]], "val": [[sample]]}
+            if not learnt or not asked:
+                empty = "train" if not learnt else "val"
+                raises(SystemExit, f"no sample of {empty} fits the context of {n + block_size}", mllm.fit, data, model)
+                continue
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 splits = mllm.fit(data, model)["splits"]
             for split, left in (("train", learnt), ("val", asked)):
-                assert splits[split] == ([[sample | {"messages": messages[:left]}]] if left else [])
-            gone = 2 - bool(learnt) - bool(asked)
-            counts = f"{4 - (learnt + asked) // 2} turns are cut off, and of {gone} samples nothing is left"
+                assert splits[split] == [[sample | {"messages": messages[:left]}]]
+            counts = f"{4 - (learnt + asked) // 2} turns are cut off, and of 0 samples nothing is left"
             assert (counts in said.getvalue()) == (learnt + asked < 8)
-            if learnt:
-                _, _, inputs, targets, _ = mllm.collate(model, data, splits["train"][0:1])
-                assert (targets == 2).sum() == learnt // 2 and inputs.size(1) <= n + block_size
-            if asked:  # there is room for an answer
-                said, _ = mllm.write_answers(model, data, mllm.prompts_of(splits["val"])[0])
-                assert len(said) == asked // 2
+            _, _, inputs, targets, _ = mllm.collate(model, data, splits["train"][0:1])
+            assert (targets == 2).sum() == learnt // 2 and inputs.size(1) <= n + block_size
+            said, _ = mllm.write_answers(model, data, mllm.prompts_of(splits["val"])[0])  # there is room for an answer
+            assert len(said) == asked // 2
 
 
 def test_the_loss_is_that_of_the_answers_and_their_ends_alone():
@@ -1663,6 +1664,17 @@ def test_rows_with_other_numbers_of_images_have_the_losses_that_they_have_alone(
         for sample in samples:
             sample["messages"][0]["content"] = sample["messages"][0]["content"].replace("so", "no")
         assert abs(loss_of(samples) - before) > 1e-3  # what the user says is read, though not learnt
+
+
+def test_a_batch_without_images_is_learnt_from():
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    for cross_every in (0, 1):
+        model, data = words_model(30, cross_every=cross_every)
+        images, which, *texts = mllm.get_batch(model, data, [[{"images": [], "messages": turns}]] * 2)
+        assert mllm.augment_photos(images, [], 0.5, 0.2, True).shape == images.shape and len(images) == 0
+        loss = model(model.encode(images)[which], *texts[:2], 0.0, texts[2])[1]
+        loss.backward()
+        assert loss.isfinite() and model.gpt.embedding.weight.grad.any()
 
 
 def test_prepare_cifar_reads_the_binary_records():
@@ -2190,8 +2202,10 @@ def test_align_trains_what_no_checkpoint_brought_on_captions_alone():
             assert {name.split(".")[0] for name in sft[-1] if not torch.equal(align[-1][name], sft[-1][name])} == {
                 "vit", "connector", "gpt"} | (new and {"marker"})
         assert "frozen: none" in run(mllm, *TOY[mllm], "--out_dir=out/new").split("phase sft")[0]  # nothing to keep
-    ask = lambda text: {"images": [0], "messages": [{"role": "user", "content": text}]}
-    samples = {"splits": {"train": [[ask("<image>"), ask("<image>why?")], [ask("<image>who?")]], "val": [[ask("hi")]]}}
+    ask = lambda text, turns=1: {"images": [0], "messages": turns * [
+        {"role": "user", "content": text}, {"role": "assistant", "content": "so"}]}
+    samples = {"splits": {"train": [[ask("<image>"), ask("<image>why?"), ask("<image>", 2)], [ask("<image>who?")]],
+                          "val": [[ask("hi")]]}}
     assert mllm.captions_of(samples)["splits"] == {"train": [[ask("<image>")]], "val": []}
 
 

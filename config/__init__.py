@@ -207,10 +207,13 @@ def device_of(model):
     return next(model.parameters()).device
 
 
+def number_type(model):
+    return getattr(torch, getattr(model, "compute_dtype", "float32"))
+
+
 def autocast(model):
     """Context in which the model's matrix products run in the number type that place() has set, else in float32."""
-    bf16 = getattr(model, "compute_dtype", "float32") == "bfloat16"
-    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=number_type(model) == torch.bfloat16)
 
 
 def maybe_compile(model, wanted):

@@ -103,14 +103,15 @@ def augment_photos(images, captions, crop, jitter, mirror):
     are mirrored, but none with a caption (captions: a list for each) that says left or right. Brightness, contrast and
     saturation change by factors from 1 - jitter to 1 + jitter."""
     B, dev, images = len(images), images.device, images.float()
-    sided = torch.tensor([any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions])
+    sided = [any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions]
+    sided = torch.tensor(sided, dtype=torch.bool)
     mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
     area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
     stretch = stretch.clamp(area, 1 / area)  # a part is nowhere larger than the photo
     sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, B), shares of width and height
     middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
     gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
-    if crop < 1 or mirrored.any():
+    if B and (crop < 1 or mirrored.any()):
         theta = torch.zeros(B, 2, 3)
         theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
         theta[:, :, 2] = middle.T
