@@ -31,7 +31,7 @@ import torch
 import config
 from config.tools.data import augment_photos, load_photos, open_images, to_pixels
 from config.tools.metrics import bleu, caption_scores, cider, nearest_captions
-from config.tools.pictures import draw_places, plot, save_grid
+from config.tools.pictures import draw_places, plot, save_grid, side_by_side
 from config.tools.questions import draw_conversations
 from config.tools.shapes import attributes, draw_shapes
 from model import IGNORE_INDEX, IMAGE_ID, MLLM, BPETokenizer, Conversation, GPTConfig, MLLMConfig, ViTConfig, \
@@ -443,7 +443,7 @@ def draw_answers(path, data, split, answers, n=12):
         question = prompts[i]["messages"][-1]["content"].replace("<image>", "")
         right = f"\n(right: {references[i][0]})" if i in wrong else ""
         titles.append((f"{question}\n" if question else "") + answers[i] + right)
-    save_grid(path, [torch.cat(tuple(data["images"][prompts[i]["images"]]), dim=2) for i in rows], titles)
+    save_grid(path, [side_by_side(data["images"][prompts[i]["images"]]) for i in rows], titles)
 
 
 # the model -----------------------------------------------------------------------------------------------------------
@@ -565,7 +565,7 @@ def answer_files(model, checkpoint, settings):
         for line in lines[i]:
             print(f"{name}: {line}")
     if settings["image"]:
-        strips = [torch.cat(tuple(data["pictures"][sample["images"]]), dim=2) for sample in samples]
+        strips = [side_by_side(data["pictures"][sample["images"]]) for sample in samples]
         asked = [settings["prompt"]] if settings["prompt"] else []
         save_grid(out / "captioned.png", strips, ["\n".join(asked + lines[i]) for i in range(len(samples))])
         print(f"wrote {out / 'captioned.png'}")

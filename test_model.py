@@ -680,6 +680,7 @@ def test_mllm_loss_and_log_probs_are_those_of_the_full_logits():
     model, images = shake(tiny_mllm()), photos(2)
     tokens = model.encode(images)
     close(tokens, model.connector(model.vit.features(images)))
+    close(tokens, model.encode(mllm.frozen_features(model, images)))
     logits, (none, loss) = model(images, EXAMPLE)[0], model(tokens, EXAMPLE, TARGETS)  # tokens stand in for pixels
     close(loss, F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=-1))
     spread = -logits[TARGETS >= 0].log_softmax(dim=-1).mean()
@@ -2136,7 +2137,7 @@ def test_questions_about_drawn_images_are_learnt_and_asked():
     with in_new_folder():
         args = (*TOY[mllm][:-1], "--dataset=questions", "--connector=pixel_shuffle", "--image_size=48",
                 "--max_tokens=64", "--n_drawn=160", "--max_steps=4",
-                "--align_share=0.5", "--beams=1", "--out_dir=out/asked")
+                "--align_share=0.5", "--beams=1", "--train_vit=False", "--out_dir=out/asked")
         for fusion in ("prefix", "cross"):
             said = run(mllm, *args, f"--fusion={fusion}")
             table = {line.split("  ")[0]: line.split()[-3:] for line in said.splitlines() if line.endswith("%")}

@@ -45,6 +45,12 @@ def printable(text):
     return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
 
 
+def side_by_side(images):
+    """(k, 3, H, W) uint8 -> one picture (3, H, k * W and gaps), white between them."""
+    gap = max(1, images.size(3) // 24)
+    return torch.cat(tuple(F.pad(images, (0, gap), value=255)), dim=2)[:, :, :-gap]
+
+
 def save_grid(path, images, titles, columns=4, width=34):
     """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row;
     fewer where images are wide. width: characters in a line of text under a square one."""
@@ -75,5 +81,5 @@ def draw_places(path, photos, words, places):
     light = (places / places.amax(dim=1, keepdim=True)).view(n_words, k, side, side)
     light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)[:, :, None]  # (words, k, 1, size, size)
     panels = [photos, *(255 - (255.0 - photos) * (0.2 + 0.8 * light)).byte()]  # each (k, 3, size, size)
-    save_grid(path, [torch.cat(tuple(panel), dim=2) for panel in panels], ["", *words], columns=7)
+    save_grid(path, [side_by_side(panel) for panel in panels], ["", *words], columns=7)
     print(f"wrote {path}")
