@@ -285,7 +285,7 @@ def encode_images(model, images, batch_size=250):
 
 
 def frozen_features(model, images, batch_size=250):
-    """(M, 3, H, W) -> (M, N, C) features of the ViT, on the CPU: a frozen ViT sees an image once, not once per epoch."""
+    """(M, 3, H, W) -> (M, N, C) features of the ViT, on the CPU: a frozen ViT sees an image once, not in each epoch."""
     with torch.no_grad(), evaluating(model), config.autocast(model):
         return torch.cat([model.vit.features(some.to(config.device_of(model))).to(config.number_type(model)).cpu()
                           for some in images.split(batch_size)])
