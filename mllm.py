@@ -365,9 +365,9 @@ def validation_loss(model, data, split, batch_size=250):
     return total / count
 
 
-def is_right(answer, references):
+def is_right(prompt, answer, references):
     """Whether an answer is one of the references; or a caption of a drawn image has every attribute right."""
-    return answer in references or attributes(answer) == attributes(references[0]) != []
+    return answer in references or prompt["kind"] == "caption" and attributes(answer) == attributes(references[0]) != []
 
 
 def evaluate(model, data, split, **decoding):
@@ -377,7 +377,7 @@ def evaluate(model, data, split, **decoding):
     said, ended = write_answers(model, data, prompts, **decoding)
     scores = caption_scores(said, ended, references)
     if data["drawn"] or data["asks"]:
-        scores["right"] = 100 * float(np.mean(list(map(is_right, said, references))))
+        scores["right"] = 100 * float(np.mean(list(map(is_right, prompts, said, references))))
     return scores, said
 
 
@@ -415,7 +415,7 @@ def print_kinds(model, data, split, answers):
         common.setdefault(prompt["kind"], Counter()).update(texts)
     said = {"right": answers, "other images": write_answers(model, data, other_images(prompts))[0],
             "commonest": [common[prompt["kind"]].most_common(1)[0][0] for prompt in prompts]}
-    right = {name: [is_right(*pair) for pair in zip(each, references)] for name, each in said.items()}
+    right = {name: list(map(is_right, prompts, each, references)) for name, each in said.items()}
     rows, numbers = {}, {}
     for i, prompt in enumerate(prompts):
         more = "video" if data["drawn"] else "more images"
@@ -435,7 +435,7 @@ def draw_answers(path, data, split, answers, n=12):
     one that it has wrong, if there is any, with the right answer under it."""
     prompts, references = prompts_of(data["splits"][split])
     seen, titles = [i for i, prompt in enumerate(prompts) if prompt["images"]], []
-    wrong = [i for i in seen if not is_right(answers[i], references[i])] if data["asks"] else []
+    wrong = [i for i in seen if not is_right(prompts[i], answers[i], references[i])] if data["asks"] else []
     rows = seen[::max(1, len(seen) // n) if data["asks"] else 1][:n]
     if wrong and not set(rows) & set(wrong):
         rows[-1] = wrong[0]

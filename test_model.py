@@ -1474,11 +1474,12 @@ def test_the_answer_says_what_has_changed():
             (was,), (now,) = gone, new
             name, = (name for name in was._fields if getattr(was, name) != getattr(now, name))
             value = "in the " * (name == "place") + getattr(now, name)
-            assert answer == f"the {was.words()} is now {value}"
+            assert answer == f"in the {was.place}, the {was.words()} is now {value}"
         else:
-            name, = {"nothing"} if not gone + new else {"gone"} if gone else {"new"}
-            assert answer == {"nothing": "nothing", "gone": f"the {gone[0].words()} is gone" if gone else "",
-                              "new": f"there is a new {new[0].words()}" if new else ""}[name]
+            name = "gone" if gone else "new" if new else "nothing"
+            wordings = {"gone": "in the {0}, the {1} is gone", "new": "in the {0}, there is a new {1}"}
+            words = [text for thing in gone + new for text in (thing.place, thing.words())]
+            assert answer == wordings.get(name, name).format(*words)
         seen[name] += 1
     assert set(seen) == {"colour", "place", "size", "gone", "new", "nothing"} and min(seen.values()) > 20
 

@@ -136,21 +136,22 @@ def ask_until(kind, things, rng):
 
 
 def change(things, rng):
-    """The things of a second image in which one thing differs, or none, and the answer that says what has changed."""
+    """The things of a second image in which one thing differs, or none; and the answer that says where and what has
+    changed: with the place first, a model that has found it has the rest from there."""
     what, i = pick(rng, ("colour", "place", "size", "more", "less", "nothing")), rng.integers(len(things))
     thing, others = things[i], [*things[:i], *things[i + 1:]]
     free = [place for place in PLACES if place not in [thing.place for thing in things]]
     if what == "nothing":
         return things, "nothing"
     if what == "less":
-        return others, f"the {thing.words()} is gone"
+        return others, f"in the {thing.place}, the {thing.words()} is gone"
     if what == "more":
         new = Thing(pick(rng, SIZES), pick(rng, VALUES["colour"]), pick(rng, SHAPES), pick(rng, free))
-        others, answer = things, f"there is a new {new.words()}"
+        others, answer = things, f"in the {new.place}, there is a new {new.words()}"
     else:
         value = pick(rng, [v for v in (free if what == "place" else VALUES[what]) if v != getattr(thing, what)])
         new = thing._replace(**{what: value})
-        answer = f"the {thing.words()} is now " + (f"in the {value}" if what == "place" else value)
+        answer = f"in the {thing.place}, the {thing.words()} is now {'in the ' * (what == 'place')}{value}"
     if how_many(things if what == "more" else others, dict(zip(VALUES, new))):
         return change(things, rng)  # two would look alike
     return sorted([*others, new], key=lambda thing: PLACES.index(thing.place)), answer
