@@ -915,9 +915,8 @@ class MLLM(nn.Module):
         cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
         self.marker = nn.Embedding(1, n_embd) if cross else None
         self.order = nn.Embedding(config.max_images, n_embd) if config.max_images > 1 else None
-        self.change_proj = nn.Linear(n_embd, n_embd, bias=False) if config.max_images > 1 else None  # nothing, at first
-        new = {name: part for name, part in self.named_children() if name not in ("vit", "gpt")}
-        init_weights(nn.ModuleDict(new))
+        self.change = nn.Linear(n_embd, n_embd, bias=False) if config.max_images > 1 else None
+        init_weights(nn.ModuleList([self.connector, self.marker, self.order, self.change]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
     def encode(self, images):
@@ -945,7 +944,7 @@ class MLLM(nn.Module):
             if places.max() >= self.config.max_images:
                 raise SettingError(f"{places.max() + 1} images side by side, and max_images={self.config.max_images}")
             change = (tokens - tokens.roll(1, dims=0)) * (places > 0)[:, None, None]  # since the image before it
-            tokens = tokens + self.order(places)[:, None] + self.change_proj(change)  # (M, N, C)
+            tokens = tokens + self.order(places)[:, None] + self.change(change)  # (M, N, C)
         if self.marker is None:
             return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
         x = torch.where(is_image[:, :, None], self.marker.weight, x)

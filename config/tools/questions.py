@@ -11,8 +11,8 @@ from config.tools.shapes import COLOURS, PLACES, RADII, SHAPES, SIZES, Thing, be
 
 VALUES = {"size": SIZES, "colour": list(COLOURS), "shape": SHAPES}
 GRID = {divmod(i, 3): place for i, place in enumerate(PLACES)}  # (row, column) -> place
-ONE_IMAGE = ("caption", "count", "count", "exists", "size", "colour", "shape", "place", "relation", "relation",
-             "follow-up", "follow-up")  # the conversations about each
+ONE_IMAGE = ("caption", "count", "exists", "size", "colour", "shape", "place", "relation", "relation", "follow-up",
+             "follow-up")  # the conversations about each
 NUMBERS = ("none", "one", "two", "three", "four", "five")
 WAYS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # rows and columns
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -228,18 +228,18 @@ def ask_clip(rng):
 
 
 def draw_conversations(n, size, seed):
-    """n groups of conversations, three in eight about one image, as many about two, and two about the frames of a clip:
-    the images, (m, 3, size, size) uint8; and the groups, lists of samples (see mllm.py) about the same images. An
-    answer says of which kind its question is."""
+    """n groups of conversations, a quarter about one image, which is the easiest, and as many about two as about the
+    frames of a clip: the images, (m, 3, size, size) uint8; and the groups, lists of samples (see mllm.py) about the
+    same images. An answer says of which kind its question is."""
     rng, images, groups = np.random.default_rng(seed), [], []
     for i in range(n):
         begin = len(images)
-        if i % 8 >= 6:
+        if i % 8 >= 5:
             frames, talks = ask_clip(rng)
             ground = background(rng)
             images += [draw(looks, ground, size) for looks in frames]
         else:
-            if i % 8 >= 3:
+            if i % 8 >= 2:
                 scenes, talks = ask_pair(rng)
             else:
                 scenes = [make_scene(rng.integers(1, 5), rng)]
