@@ -1447,7 +1447,9 @@ def test_answers_about_drawn_images_are_right():
                 named["place"] = place[1]
             fits = [thing for thing in things if named.items() <= thing.items()]
             if kind == "count":
-                assert answer == ("none", "one", "two", "three", "four")[len(fits)], (caption, question, answer)
+                number = ("none", "one", "two", "three", "four")[len(fits)]
+                where = ", ".join(sorted((thing["place"] for thing in fits), key=shapes.PLACES.index))
+                assert answer == (f"{where}: {number}" if fits else number), (caption, question, answer)
             elif kind == "exists":
                 assert answer == ("yes" if fits else "no"), (caption, question, answer)
             elif kind in ("size", "colour", "shape", "place"):
@@ -1461,6 +1463,33 @@ def test_answers_about_drawn_images_are_right():
                 assert answer == ("a {size} {colour} {shape}".format(**there[0]) if there else "nothing")
             checked[kind] += 1
     assert all(checked[kind] > 30 for kind in ("count", "exists", "size", "colour", "shape", "place", "relation"))
+
+
+def test_the_answer_says_which_image_has_more():
+    """Worked out again from what is said to be in each image, where somebody asks that too."""
+    _, groups = questions.draw_conversations(400, 24, seed=4)
+    checked = Counter()
+    for group in groups:
+        talks = {sample["messages"][0]["content"].replace("<image>", ""): sample["messages"][1] for sample in group}
+        for question, said in talks.items():
+            if said["kind"] != "more":
+                continue
+            lists, verdict = said["content"].split(": ")
+            counts = [0 if each == "none" else each.count(", ") + 1 for each in lists.split("; ")]
+            first, second = counts
+            assert verdict == ("neither" if first == second else "the first" if first > second else "the second")
+            checked[verdict] += 1
+            for which, places in zip(("first", "second"), lists.split("; ")):
+                seen = next((m["content"] for q, m in talks.items() if q.startswith(f"in the {which} image, ")
+                             and q.split(", ")[1] in questions.ASKS["caption"]), None)
+                if seen:
+                    named = re.search(r"more (\S+)", question)[1].rstrip("?s")
+                    named = {"shape": "", "crosse": "cross"}.get(named, named)
+                    things = [thing for thing in shapes.attributes(seen) if named in ("", thing[1], thing[2])]
+                    assert sorted(places.replace("none", "").split(", ")) == sorted(t[3] for t in things) or not things
+                    assert (places == "none") == (not things)
+                    checked["looked up"] += 1
+    assert min(checked.values()) > 20 and len(checked) == 4
 
 
 def test_the_answer_says_what_has_changed():
