@@ -2,7 +2,7 @@
 Conversations about drawn images, about pairs of them, and about clips in which things move, grow, appear or vanish.
 
 Every question has one right answer in one wording, so that an answer is checked by comparing strings. Where things are
-counted or compared, the answer says first where they are, and then how many or what: each word is then easy once those
+counted, or something has changed, the answer says first where, and then how many or what: each word is easy once those
 before it stand there (a chain of thought, Wei et al. 2022).
 """
 
@@ -176,12 +176,10 @@ def ask_pair(rng):
         equal = rng.random() < 0.3
         for _ in range(20):
             words, attributes = countable(pick(rng, scenes), rng)
-            places = [places_of(things, attributes) for things in scenes]
-            more = len(places[0]) - len(places[1])
-            if (more == 0) == equal:
+            counts = [how_many(things, attributes) for things in scenes]
+            if (counts[0] == counts[1]) == equal:
                 break
-        listed = "; ".join(", ".join(each) or "none" for each in places)
-        answer = f"{listed}: {'neither' if more == 0 else 'the first' if more > 0 else 'the second'}"
+        answer = "neither" if counts[0] == counts[1] else ("the first", "the second")[counts[1] > counts[0]]
         talks.append([("more", pick(rng, ASKS["more"]).format(words), answer)])
         which = rng.integers(2)  # a question about one of the two
         kind = pick(rng, ("caption", "count", "size", "colour", "shape", "place"))
