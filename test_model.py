@@ -1471,7 +1471,7 @@ def test_the_answer_says_which_image_has_more():
         scenes, talks = questions.ask_pair(rng)
         for (kind, question, answer), in talks:
             if kind == "more":
-                what = re.search(r"more (\w+)s", question)[1].replace("crosse", "cross")
+                what = re.search(rf"more ({'|'.join((*shapes.COLOURS, *shapes.SHAPES, 'shape'))})", question)[1]
                 first, second = (sum(what == "shape" or what in thing.words() for thing in things) for things in scenes)
                 assert answer == ("neither" if first == second else "the first" if first > second else "the second")
                 seen[answer] += 1
