@@ -3,12 +3,14 @@ Stage 2: a GPT learns Tiny Shakespeare character by character, or the language o
 
     python prepare_shakespeare.py && python gpt.py config/shakespeare_cpu.py
     python gpt.py config/shakespeare_cpu.py --prompt="ROMEO:"
+    python gpt.py config/shakespeare_cpu.py --eval_only=True --context=256 --yarn=4    four times the context, untrained
     python prepare_flickr8k.py && python gpt.py config/captions_cpu.py      the language model that mllm.py starts from
 
 Expect a validation loss of 1.48 from config/shakespeare_cpu.py: 6 minutes on two CPU cores with AVX512-BF16 (one seed).
 A run writes log.csv, loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -25,6 +27,8 @@ out_dir = "out/shakespeare"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
+context = 0  # with eval_only and prompt: tokens that the model reads at once; 0: as many as in training
+yarn = 1.0  # with context: context over block_size of the training, so that rotary positions reach as far (YaRN)
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
 compile = False  # torch.compile: a minute at the start, faster steps on a GPU
@@ -125,7 +129,9 @@ def main(argv=None):
 
     if prompt or eval_only:  # use a trained model
         checkpoint = config.load(out / "best.pt", "gpt")
-        model, tokenizer = GPT(GPTConfig(**checkpoint["config"])), tokenizer_from_state(checkpoint["tokenizer"])
+        model_config, tokenizer = GPTConfig(**checkpoint["config"]), tokenizer_from_state(checkpoint["tokenizer"])
+        model = GPT(dataclasses.replace(model_config, block_size=context or model_config.block_size, yarn=yarn,
+                                        trained_len=model_config.block_size))
         model.load_state_dict(checkpoint["model"])
         model = config.place(model, dev, dtype)
         if eval_only:

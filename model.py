@@ -225,13 +225,22 @@ class RotaryEmbedding(nn.Module):
     """Rotary positions (RoFormer, Su et al. 2021): each pair of channels is rotated by an angle proportional to the
     position, so that a query and a key see only their distance. Channel i pairs with i + head_dim / 2."""
 
-    def __init__(self, head_dim, max_len, base=10000.0):
+    def __init__(self, head_dim, max_len, base=10000.0, yarn=1.0, trained_len=0):
+        """yarn: factor by which the context of a model that was trained with trained_len positions (0: max_len) is
+        stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned 32 times or more in
+        trained_len keeps its frequency; one that turned once or less is divided by the factor, so that it meets no new
+        angle; a ramp in between. Queries and keys grow by 0.1 ln(yarn) + 1: a sharper softmax over more keys."""
         super().__init__()
         if head_dim % 2:
             raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
-        angles = torch.outer(torch.arange(max_len).float(), base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
-        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+        frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (head_dim / 2,), radians a position
+        if yarn != 1.0:
+            turns = (trained_len or max_len) * frequencies / (2 * math.pi)
+            kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+            frequencies = frequencies * (kept + (1 - kept) / yarn)
+        angles, size = torch.outer(torch.arange(max_len).float(), frequencies), 0.1 * math.log(yarn) + 1
+        self.register_buffer("cos", size * angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
+        self.register_buffer("sin", size * angles.sin().repeat(1, 2), persistent=False)
 
     def forward(self, x, start=0):
         """x: (B, n_head, T, head_dim) at the positions start, start + 1, ...; or start: (B, T), the positions."""
@@ -660,6 +669,8 @@ class GPTConfig:
     activation: str = "gelu"
     norm: str = "rms"
     positions: str = "rotary"  # "learned", "sinusoidal"
+    yarn: float = 1.0  # factor by which a context of trained_len is stretched; see RotaryEmbedding
+    trained_len: int = 0  # 0: block_size
     bias: bool = False
     tie_weights: bool = True  # the output layer is the token embedding, transposed
     cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none
@@ -694,7 +705,9 @@ class GPT(nn.Module):
         added = choose({"rotary": None, "learned": LearnedPositionalEncoding,
                         "sinusoidal": SinusoidalPositionalEncoding}, positions=c.positions)
         self.position = added(c.n_embd, c.block_size) if added else None
-        rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
+        if added and c.yarn != 1.0:
+            raise SettingError(f"yarn={c.yarn} stretches rotary positions, and these are {c.positions}")
+        rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size, 10000.0, c.yarn, c.trained_len)
         self.drop = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, activation=c.activation,
                                           dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated)

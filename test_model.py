@@ -251,6 +251,27 @@ def test_rotary_keeps_norms_and_sees_distances_alone():
     raises(ValueError, "even", RotaryEmbedding, 7, 32)
 
 
+def test_yarn_stretches_slow_pairs_alone():
+    """Peng et al. 2023, definition 3: with L = 256 and base 10,000, pair i of 32 channels turns 40.7 / 10^(i / 4) times
+    in L: 40.7 and more than 32 keeps its frequency, less than once is divided by the factor, the rest is in between."""
+    plain, yarn = RotaryEmbedding(32, 1024), RotaryEmbedding(32, 1024, yarn=4.0, trained_len=256)
+    close(RotaryEmbedding(32, 64, yarn=1.0, trained_len=16).cos, plain.cos[:64])
+    size = 0.1 * math.log(4) + 1  # the square root of 1 / t in equation 22
+    close((yarn.cos ** 2 + yarn.sin ** 2).sqrt(), torch.tensor(size).expand(1024, 32))
+    angle = lambda rotary, i: math.atan2(rotary.sin[1, i], rotary.cos[1, i])  # of pair i, at position 1
+    for i in range(16):
+        turns, theta = 256 / (2 * math.pi) / 10 ** (i / 4), 10 ** (-i / 4)
+        ramp = min(max((turns - 1) / 31, 0), 1)
+        close(torch.tensor(angle(plain, i)), torch.tensor(theta))
+        close(torch.tensor(angle(yarn, i)), torch.tensor((1 - ramp) * theta / 4 + ramp * theta))
+    assert abs(angle(yarn, 0) - 1) < 1e-5 and abs(angle(yarn, 15) * 4 / 10 ** (-15 / 4) - 1) < 1e-3
+    raises(ValueError, "yarn=2.0 stretches rotary", lambda: tiny_gpt(positions="learned", yarn=2.0))
+    ids, gpt = torch.randint(20, (1, 16)), shake(tiny_gpt())
+    stretched = tiny_gpt(block_size=64, yarn=4.0, trained_len=16)
+    stretched.load_state_dict(gpt.state_dict())
+    assert (gpt(ids)[0] - stretched(ids)[0]).abs().max() > 1e-4 and stretched(ids.repeat(1, 4))[0].isfinite().all()
+
+
 def copy_attention(ours, theirs):
     """The weights of a torch.nn.MultiheadAttention."""
     ours.qkv.load_state_dict({"weight": theirs.in_proj_weight, "bias": theirs.in_proj_bias})
