@@ -47,6 +47,9 @@ activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
 positions = "rotary"  # or learned, sinusoidal
 tie_weights = True  # one matrix embeds the tokens and scores them
+n_experts = 0  # feed-forward layers in each block, of which a token passes through some; 0: one, and all do
+experts_per_token = 2  # how many it passes through, as a router chooses
+balance_weight = 0.01  # of the loss that spreads the tokens over the experts (Switch Transformer)
 # optimization
 max_steps = 5000  # 0: max_minutes alone decides
 max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
@@ -156,7 +159,8 @@ def main(argv=None):
     resumed = config.resume("gpt", settings, tokenizer=state)
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
-                             positions, tie_weights=tie_weights)
+                             positions, tie_weights=tie_weights, n_experts=n_experts,
+                             experts_per_token=experts_per_token, balance_weight=balance_weight)
     model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
@@ -177,7 +181,9 @@ def main(argv=None):
         if run.due():
             with run.paused():
                 val = evaluate(model, val_ids, batch_size)
-                run.log({"val": val}, factor * adam_lr, batch_size * block_size, "tok")
+                loads = model.expert_loads()
+                brief = {"load": f"{min(loads.values()):.2f} to {max(loads.values()):.2f}"} if loads else {}
+                run.log({"val": val} | brief, factor * adam_lr, batch_size * block_size, "tok", file_only=loads)
                 run.save(-val, tokenizer=state, samples=samples)
         if progress == 1:
             break

@@ -77,6 +77,10 @@ stem = "conv"  # or patch: one linear layer per patch
 gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
+gpt_norm = "layer"  # or rms
+gpt_activation = "gelu"  # relu, gelu or swiglu
+n_experts = 0  # feed-forward layers in each of its blocks, of which a token passes through some; 0: one, and all do
+experts_per_token = 2  # how many it passes through
 dropout = 0.0  # in the ViT and the GPT
 label_smoothing = 0.0  # share of the target that is spread over all words, in the training loss alone
 # optimization
@@ -452,7 +456,8 @@ def build_model(tokenizer, max_images):
     """A new MLLM for samples of up to max_images images, its ViT and GPT from vit_ckpt and gpt_ckpt where those are
     named; {part: where it came from}."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
-    gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
+    gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, gpt_activation, gpt_norm,
+                           n_experts=n_experts, experts_per_token=experts_per_token)
     origin = dict.fromkeys(("vit", "connector", "gpt"), "new")
     if vit_ckpt:
         vit = config.load(vit_ckpt, "vit")
@@ -684,7 +689,7 @@ def train(model, data, phase, settings, resumed, before):
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = ("val_cider", "val_bleu4", "val_shuffled", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
-                run.log(numbers, factor * adam_lr, per_step, units, file_only=scores)
+                run.log(numbers, factor * adam_lr, per_step, units, file_only=scores | model.gpt.expert_loads())
                 run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase,
                          asks=data["asks"])
         if progress == 1:

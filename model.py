@@ -389,6 +389,38 @@ class FeedForward(nn.Module):
         return self.drop(self.proj(self.activation(self.up(x))))
 
 
+class MixtureOfExperts(nn.Module):
+    """(B, T, C) -> (B, T, C): feed-forward layers, the experts, of which each token passes through the k that a router
+    prefers (Shazeer et al. 2017). Their outputs are weighted by the router's probabilities, of sum 1; with k = 1 by the
+    probability itself, or the router would get no gradient from the loss.
+
+    In training, load (n_experts,) is then the share of the choices that fell on each expert, and balance the
+    load-balancing loss of the Switch Transformer (Fedus et al. 2022, equation 4): n_experts times the sum of load times
+    mean probability, 1 where the tokens are spread evenly."""
+
+    def __init__(self, n_embd, n_experts, k, **feed_forward):
+        super().__init__()
+        if not 1 <= k <= n_experts:
+            raise SettingError(f"experts_per_token={k} is not between 1 and n_experts={n_experts}")
+        self.k, self.load, self.balance = k, None, None
+        self.router = nn.Linear(n_embd, n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(n_embd, **feed_forward) for _ in range(n_experts))
+
+    def forward(self, x):
+        tokens, n_experts = x.flatten(0, 1), len(self.experts)  # (B * T, C)
+        p = self.router(tokens).float().softmax(dim=-1)  # (B * T, n_experts)
+        weights, chosen = p.topk(self.k, dim=-1)  # (B * T, k)
+        weights = weights / weights.sum(dim=-1, keepdim=True) if self.k > 1 else weights
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows, rank = (chosen == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of their k
+            out = out.index_add(0, rows, (weights[rows, rank, None] * expert(tokens[rows])).to(out.dtype))
+        if self.training:
+            self.load = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
+            self.balance = n_experts * (self.load * p.mean(dim=0)).sum()
+        return out.view_as(x)
+
+
 class SinusoidalPositionalEncoding(nn.Module):
     """Adds sines and cosines of geometrically spaced wavelengths (Vaswani et al. 2017, section 3.5)."""
 
@@ -420,13 +452,16 @@ class LearnedPositionalEncoding(nn.Module):
 # numbers for those takes longer than the attention itself.
 
 class EncoderBlock(nn.Module):
-    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x)), with n_experts a mixture."""
 
-    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None):
+    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None,
+                 n_experts=0, experts_per_token=1):
         super().__init__()
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
-        self.ff = FeedForward(n_embd, None, activation, dropout, bias)
+        feed_forward = {"activation": activation, "dropout": dropout, "bias": bias}
+        self.ff = MixtureOfExperts(n_embd, n_experts, experts_per_token, **feed_forward) if n_experts else \
+            FeedForward(n_embd, **feed_forward)
         self.drop = Dropout(dropout)
 
     def forward(self, x, mask=None):
@@ -671,6 +706,9 @@ class GPTConfig:
     positions: str = "rotary"  # "learned", "sinusoidal"
     yarn: float = 1.0  # factor by which a context of trained_len is stretched; see RotaryEmbedding
     trained_len: int = 0  # 0: block_size
+    n_experts: int = 0  # feed-forward layers in each block; see MixtureOfExperts
+    experts_per_token: int = 2  # how many of them a token passes through
+    balance_weight: float = 0.01  # of their load-balancing loss, in training
     bias: bool = False
     tie_weights: bool = True  # the output layer is the token embedding, transposed
     cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none
@@ -710,7 +748,8 @@ class GPT(nn.Module):
         rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size, 10000.0, c.yarn, c.trained_len)
         self.drop = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, activation=c.activation,
-                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated)
+                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated,
+                                          n_experts=c.n_experts, experts_per_token=c.experts_per_token)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
@@ -728,12 +767,24 @@ class GPT(nn.Module):
             x = self.position(x, start if positions is None else positions)
         return self.decoder(self.drop(x), memory, mask, memory_mask, caches, positions)
 
+    def balance_loss(self):
+        """What the experts of the last pass add to the loss in training: the mean over blocks; 0 without experts."""
+        experts = [block.ff for block in self.decoder.blocks] if self.config.n_experts and self.training else []
+        return self.config.balance_weight * sum(each.balance for each in experts) / max(1, len(experts))
+
+    def expert_loads(self):
+        """The load of expert j of block i in the last step of training, as columns of a log: {"load_i_j": share}."""
+        blocks = self.decoder.blocks if self.config.n_experts else []
+        return {f"load_{i}_{j}": share for i, block in enumerate(blocks) if block.ff.load is not None
+                for j, share in enumerate(block.ff.load.tolist())}
+
     def forward(self, ids, targets=None):
         """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
         logits = self.head(self.hidden(self.embedding(ids)))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return logits, loss + self.balance_loss()
 
     def _read_prompt(self, ids, copies, embeddings, memory, memory_mask):
         """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies, vocab_size)
@@ -997,7 +1048,8 @@ class MLLM(nn.Module):
         if targets is None:
             return self.gpt.head(x), None
         logits, where = self._scored_logits(x, targets)
-        return None, F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
+        return None, loss + self.gpt.balance_loss()
 
     def log_probs(self, images, ids, mask=None):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask."""

@@ -52,7 +52,7 @@ from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
     CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, Conversation,
     DecoderBlock, Dropout, EncoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
-    MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
+    MLLMConfig, MixtureOfExperts, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
     SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
     padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
 )
@@ -355,6 +355,40 @@ def test_feed_forward_equals_its_formula():
         close(layer(x), h @ layer.proj.weight.T + layer.proj.bias, 1e-4)
         assert abs(sum(p.numel() for p in layer.parameters()) / (2 * 96 * 4 * 96) - 1) < 0.02  # swiglu's as well
     raises(ValueError, "'tanh'", FeedForward, 24, None, "tanh")
+
+
+def test_experts_equal_a_slow_loop_and_share_the_work():
+    x = torch.randn(2, 7, 12)
+    for n, k in ((3, 1), (3, 2), (3, 3), (1, 1)):
+        layer = shake(MixtureOfExperts(12, n, k), 0.5).train()
+        slow = torch.zeros_like(x)
+        for b, t in ((b, t) for b in range(2) for t in range(7)):
+            p = (layer.router.weight @ x[b, t]).softmax(dim=0)
+            best = sorted(range(n), key=lambda i: -p[i])[:k]
+            for i in best:
+                share = p[i] / sum(p[j] for j in best) if k > 1 else p[i]
+                slow[b, t] += share * layer.experts[i](x[b, t])
+        close(layer(x), slow, 1e-6)
+        choices = [sorted(range(n), key=lambda i: -row[i])[:k] for row in layer.router(x).flatten(0, 1).tolist()]
+        counts = Counter(i for best in choices for i in best)
+        close(layer.load, torch.tensor([counts[i] / (14 * k) for i in range(n)]))
+        mean_p = layer.router(x).softmax(dim=-1).mean(dim=(0, 1))
+        close(layer.balance, n * (layer.load * mean_p).sum())
+        layer(x).square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in layer.experts.parameters())
+        assert n == 1 or layer.router.weight.grad.abs().sum() > 0  # from the loss itself, with k = 1 as well
+    dense, mixture = shake(FeedForward(12), 0.5), MixtureOfExperts(12, 4, 4)
+    for expert in mixture.experts:
+        expert.load_state_dict(dense.state_dict())
+    close(mixture(x), dense(x), 1e-6)
+    raises(ValueError, "experts_per_token=3", MixtureOfExperts, 12, 2, 3)
+    model, ids = shake(tiny_gpt(n_experts=4, experts_per_token=2)).train(), torch.randint(20, (8, 17))
+    loss, plain = model(ids[:, :-1], ids[:, 1:])[1], model.eval()(ids[:, :-1], ids[:, 1:])[1]
+    balance = sum(block.ff.balance for block in model.decoder.blocks) / 2
+    close(loss, plain + 0.01 * balance)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert model.generate(ids[:1, :4], 5, temperature=0).equal(greedy(lambda ids: model(ids)[0], ids[:1, :4], 5))
 
 
 def test_added_positions_by_hand_and_from_a_start():
