@@ -32,6 +32,7 @@ import config
 from config.tools.data import augment_photos, load_photos, open_images, to_pixels
 from config.tools.metrics import bleu, caption_scores, cider, nearest_captions
 from config.tools.pictures import draw_places, plot, save_grid, side_by_side
+from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_clip_vit, load_gpt2
 from config.tools.questions import draw_conversations
 from config.tools.shapes import attributes, draw_shapes
 from model import IGNORE_INDEX, IMAGE_ID, MLLM, BPETokenizer, Conversation, GPTConfig, MLLMConfig, ViTConfig, \
@@ -64,8 +65,8 @@ accumulation = 1  # parts that a process cuts its share of the batch into: less 
 captions_per_photo = 1  # captions per photo in a step: its image tokens are computed once
 max_tokens = 40  # longest text of a sample with the most images; one that is longer loses its last turns
 # model: a checkpoint brings its own architecture
-vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empty: from nothing
-gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
+vit_ckpt = ""  # checkpoint of stage 1 to start from, or openai/clip-vit-base-patch16, or a folder of it; empty: nothing
+gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; or gpt2, or a folder of it; empty: nothing
 fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
 connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens
@@ -270,7 +271,8 @@ def get_batch(model, data, groups):
     numbers, which, inputs, targets, segments = collate(model, data, groups)
     texts = [texts_of(sample for group in groups for sample in group if i in sample["images"]) for i in numbers]
     if word_dropout:
-        hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= tokenizer.n_special)
+        special = torch.tensor([IMAGE_ID, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id])
+        hidden = (torch.rand(inputs.shape) < word_dropout) & ~torch.isin(inputs, special)
         inputs = inputs.masked_fill(hidden, tokenizer.pad_id)
     if "features" in data:
         images = data["features"][numbers].to(dev)
@@ -460,19 +462,20 @@ def build_model(tokenizer, max_images):
                            n_experts=n_experts, experts_per_token=experts_per_token)
     origin = dict.fromkeys(("vit", "connector", "gpt"), "new")
     if vit_ckpt:
-        vit = config.load(vit_ckpt, "vit")
+        vit = load_clip_vit(vit_ckpt) if is_pretrained(vit_ckpt) else config.load(vit_ckpt, "vit")
         vit_config = dataclasses.replace(ViTConfig(**vit["config"].get("vit", vit["config"])), dropout=dropout)
     if gpt_ckpt:
-        gpt = config.load(gpt_ckpt, "gpt")
+        gpt = load_gpt2(gpt_ckpt) if is_pretrained(gpt_ckpt) else config.load(gpt_ckpt, "gpt")
         if gpt["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**gpt["config"]), dropout=dropout)
-        if gpt_config.positions == "learned":
-            config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
     if fusion == "cross":
         gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every, gated=bool(gpt_ckpt))
-    sizes = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images))
+    sizes = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images), tokenizer.bos_id, tokenizer.eos_id)
     room = dataclasses.replace(gpt_config, block_size=max_images * sizes.n_placeholders(image_size) + max_tokens)
+    if gpt_config.positions == "learned" and room.block_size > gpt_config.block_size:
+        config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; {max_images} images and "
+                    f"max_tokens take {room.block_size}")
     model = MLLM(dataclasses.replace(sizes, gpt=room))
     if vit_ckpt:  # of a classifier, or the ViT of CLIP; without its pooling and output layer
         prefix = "vit." if "vit" in vit["config"] else ""
@@ -481,6 +484,8 @@ def build_model(tokenizer, max_images):
         origin["vit"] = f"{vit_ckpt}, step {vit['step']}"
     if gpt_ckpt:
         new = {name: w for name, w in model.gpt.state_dict().items() if ".cross_" in name}  # a text-only GPT has none
+        if gpt_config.positions == "learned":
+            gpt["model"]["position.positions"] = gpt["model"]["position.positions"][:room.block_size]
         model.gpt.load_state_dict(new | gpt["model"])
         origin["gpt"] = f"{gpt_ckpt}, step {gpt['step']}" + (", cross-attention new" if new else "")
     return model, origin
@@ -723,6 +728,8 @@ def main(argv=None):
     if image or prompt or chat or eval_only or baselines and (out / "sft.pt").is_file():
         return use(out / "sft.pt", "mllm", settings)
     data = load_samples(dataset, image_size, n_drawn)
+    if is_pretrained(gpt_ckpt):
+        data["tokenizer"] = gpt2_tokenizer(gpt_ckpt)
     if baselines:
         return print_baselines(None, data, eval_split)
 

@@ -18,6 +18,8 @@ import contextlib
 import heapq
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -75,15 +77,18 @@ class BPETokenizer:
     them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt."""
 
     pad_id, bos_id, eos_id = range(3)
-    n_special = 3
+    byte_ids = range(3, 3 + 256)  # the id of each byte
+    first_merge = 3 + 256
     # text is cut into words (with the space before them), punctuation and white space; merges stay inside a piece
     pieces = re.compile(r"'(?:s|t|re|ve|m|ll|d)\b| ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")
 
     def __init__(self, merges):
         """merges: [(left id, right id)], in the order in which they were learnt."""
         self.merges = [tuple(pair) for pair in merges]
-        self.ranks = {pair: self.n_special + 256 + i for i, pair in enumerate(self.merges)}  # pair -> id of the pair
-        self.bytes = [b""] * self.n_special + [bytes([b]) for b in range(256)]
+        self.ranks = {pair: self.first_merge + i for i, pair in enumerate(self.merges)}  # pair -> id of the pair
+        self.bytes = [b""] * self.first_merge
+        for b, i in enumerate(self.byte_ids):
+            self.bytes[i] = bytes([b])
         for left, right in self.merges:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.vocab_size = len(self.bytes)
@@ -92,10 +97,10 @@ class BPETokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Learn merges from an iterable of str until vocab_size ids exist, or no pair occurs twice."""
-        if vocab_size < cls.n_special + 256:
-            raise SettingError(f"vocab_size must be at least {cls.n_special + 256}: the special ids and every byte")
+        if vocab_size < cls.first_merge:
+            raise SettingError(f"vocab_size must be at least {cls.first_merge}: the special ids and every byte")
         count = Counter(piece for text in texts for piece in cls.pieces.findall(text))
-        words = [([cls.n_special + b for b in piece.encode("utf-8", "surrogatepass")], n) for piece, n in count.items()]
+        words = [(cls.ids_of_bytes(piece), n) for piece, n in count.items()]
         pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
         for w, (ids, n) in enumerate(words):
             for pair in zip(ids, ids[1:]):
@@ -104,7 +109,7 @@ class BPETokenizer:
         heap = [(-n, pair) for pair, n in pairs.items()]
         heapq.heapify(heap)
         merges = []
-        while heap and cls.n_special + 256 + len(merges) < vocab_size:
+        while heap and cls.first_merge + len(merges) < vocab_size:
             n, pair = heapq.heappop(heap)
             if pairs[pair] != -n:  # an outdated entry: the pair's count has changed since, and was pushed again
                 continue
@@ -113,7 +118,7 @@ class BPETokenizer:
             change = defaultdict(int)  # of the pairs' counts by this merge
             for w in where.pop(pair):
                 ids, n = words[w]
-                merged = cls._merge(ids, pair, cls.n_special + 256 + len(merges))
+                merged = cls._merge(ids, pair, cls.first_merge + len(merges))
                 for old in zip(ids, ids[1:]):
                     change[old] -= n
                 for fresh in zip(merged, merged[1:]):
@@ -126,6 +131,10 @@ class BPETokenizer:
                     heapq.heappush(heap, (-pairs[each], each))
             merges.append(pair)
         return cls(merges)
+
+    @classmethod
+    def ids_of_bytes(cls, text):
+        return [cls.byte_ids[b] for b in text.encode("utf-8", "surrogatepass")]
 
     @staticmethod
     def _merge(ids, pair, new):
@@ -143,7 +152,7 @@ class BPETokenizer:
         out, rank = [], lambda pair: self.ranks.get(pair, math.inf)  # the pair learnt first is merged first
         for piece in self.pieces.findall(text):
             if piece not in self.cache:
-                ids = [self.n_special + b for b in piece.encode("utf-8", "surrogatepass")]
+                ids = self.ids_of_bytes(piece)
                 while (best := min(zip(ids, ids[1:]), key=rank, default=None)) in self.ranks:
                     ids = self._merge(ids, best, self.ranks[best])
                 self.cache[piece] = ids
@@ -162,9 +171,33 @@ class BPETokenizer:
         return cls(state["merges"])
 
 
+class GPT2Tokenizer(BPETokenizer):
+    """The tokenizer of GPT-2 with its ids: the bytes, those that print first; the merges that OpenAI learnt; the end of
+    a text; after these our pad, bos and eos."""
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    byte_ids = [i for _, i in sorted((b, i) for i, b in enumerate([*printable, *sorted({*range(256)} - {*printable})]))]
+    first_merge = 256
+
+    def __init__(self, merges):
+        super().__init__(merges)
+        self.pad_id, self.bos_id, self.eos_id = range(len(self.bytes) + 1, len(self.bytes) + 4)
+        self.bytes += [b""] * 4
+        self.vocab_size = len(self.bytes)
+        # GPT-2 cuts by the Unicode categories L and N. To re, \w is L, N and _; \d is Nd; the rest of N is Nl and No
+        n = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+        s = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # white space; re's \s is more
+        self.pieces = re.compile(rf"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_{n}]+| ?[\d{n}]+| ?(?:[^\w{s}]|_)+"
+                                 rf"|[{s}]+(?![^{s}])|[{s}]+")
+
+    def state(self):
+        return super().state() | {"kind": "gpt2"}
+
+
 def tokenizer_from_state(state):
     """The tokenizer whose state() this is. SettingError for a kind that this version does not know."""
-    return choose({"char": CharTokenizer, "byte_bpe": BPETokenizer}, tokenizer=state["kind"]).from_state(state)
+    kinds = {"char": CharTokenizer, "byte_bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+    return choose(kinds, tokenizer=state["kind"]).from_state(state)
 
 
 # 2. attention --------------------------------------------------------------------------------------------------------
@@ -370,7 +403,17 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": swiglu}  # of 2017; Hendrycks and Gimpel 2016; see above
+def gelu_tanh(x):
+    """The approximation of GELU that GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x):
+    """The coarser one that CLIP was trained with (the same section)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
 
 
 class FeedForward(nn.Module):
@@ -590,6 +633,9 @@ class ViTConfig:
     activation: str = "gelu"
     norm: str = "layer"
     stem: str = "conv"  # "patch": one linear layer a patch
+    class_token: bool = False  # a learnt token before the patches, as CLIP has; pool and features() leave it out
+    pre_norm: bool = False  # a norm before the first block, as CLIP has
+    last_norm: bool = True  # a norm after the last block
     label_smoothing: float = 0.0
     pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
     pixel_std: tuple = (63.0, 62.0, 65.0)
@@ -658,9 +704,13 @@ class ViT(nn.Module):
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
+        self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, c.n_embd)) if c.class_token else None
+        self.pre_norm = make_norm(c.norm, c.n_embd) if c.pre_norm else nn.Identity()
         self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, c.norm, dropout=c.dropout,
                                           activation=c.activation)
+        if not c.last_norm:
+            self.encoder.norm = nn.Identity()
         self.pool = AttentionPooling(c.n_embd, c.n_head)
         self.head = nn.Linear(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
         init_weights(self)
@@ -678,8 +728,11 @@ class ViT(nn.Module):
     def features(self, images):
         """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row."""
         H, W = (pixels // self.config.patch_size for pixels in images.shape[-2:])
-        x = self.patches((images.float() - self.pixel_mean) / self.pixel_std)
-        return self.encoder(self.drop(self._add_positions(x, H, W)))
+        x = self._add_positions(self.patches((images.float() - self.pixel_mean) / self.pixel_std), H, W)
+        if self.class_token is not None:  # it has its position in it
+            x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
+        x = self.encoder(self.drop(self.pre_norm(x)))
+        return x if self.class_token is None else x[:, 1:]
 
     def forward(self, images, labels=None):
         """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =

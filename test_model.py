@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import threading
 import time
 import traceback
 import types
+import unicodedata
 import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
@@ -46,12 +48,12 @@ import prepare_flickr8k
 import prepare_shakespeare
 import scst
 import vit
-from config.tools import conversations, data, metrics, pictures, questions, shapes
+from config.tools import conversations, data, metrics, pictures, pretrained, questions, shapes
 from config.tools.data import to_pixels
 from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
     CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, Conversation,
-    DecoderBlock, Dropout, EncoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
+    DecoderBlock, Dropout, EncoderBlock, FeedForward, GPT2Tokenizer, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
     MLLMConfig, MixtureOfExperts, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
     SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
     padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
@@ -153,6 +155,25 @@ def test_bpe_pieces_and_merges_worked_out_by_hand():
     tokenizer = BPETokenizer.train(["hug hug pug hugs"], 400)
     assert tokenizer.bytes[259:] == [b"ug", b"hug", b" hug"] and tokenizer.vocab_size == 262
     assert tokenizer.encode("hugs") == [260, 3 + ord("s")]
+
+
+def test_gpt2_tokenizer_cuts_and_numbers_as_gpt2_does():
+    """The numbers are those of OpenAI's vocabulary: bytes that print come first."""
+    tokenizer = GPT2Tokenizer([(71, 68), (75, 75), (256, 257), (258, 78), (220, 258)])  # he, ll, hell, hello, _hell
+    assert [tokenizer.encode(c)[0] for c in "!aé \n"] == [0, 64, 127, 220, 198]
+    assert tokenizer.encode("hello") == [259] and tokenizer.encode("a hell") == [64, 260]
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (262, 263, 264, 265)
+    pieces = ["don", "'t", " DON", "'", "T", " ½²", "x", "_", "Ⅳ〇", "一", " \x1c", "ée", "\u0301", "  ", " 3", ".",
+              "14", "\u3000\t\t"]
+    assert tokenizer.pieces.findall("".join(pieces)) == pieces
+    letter, number = (re.compile(tokenizer.pieces.pattern.split("|")[i][2:]) for i in (6 + 1, 6 + 2))
+    for c in map(chr, range(sys.maxunicode + 1)):
+        kind = unicodedata.category(c)[0]
+        assert (bool(letter.fullmatch(c)), bool(number.fullmatch(c))) == (kind == "L", kind == "N"), repr(c)
+    for text in CORPUS:
+        assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_id]) == text
+    again = tokenizer_from_state(tokenizer.state())
+    assert type(again) is GPT2Tokenizer and again.encode("hello") == [259]
 
 
 def test_bpe_training_and_encoding_equal_a_naive_reference():
@@ -1241,6 +1262,131 @@ def test_images_grow_in_equal_shares_to_their_full_size():
         assert vit.size_at(0.0) == 64
     with patched(vit, "first_size", 64):
         assert vit.size_at(0.0) == 64
+
+
+def write_safetensors(path, tensors, change=lambda header: header, body=None, length=None):
+    """tensors {name: float32 tensor} as *.safetensors; what tests break: the header, the body, the header's length."""
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        new = tensor.detach().contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(raw), len(raw) + len(new)]}
+        raw += new
+    text = change(header)
+    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    Path(path).write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text
+                           + (raw if body is None else body))
+
+
+def test_safetensors_are_read_and_lies_refused():
+    tensors = {"a": torch.randn(2, 3), "b": torch.randn(()), "c": torch.randn(0, 4), "d": torch.randn(5)}
+
+    def changed(**entry):
+        return lambda header: header | {"a": header["a"] | entry}
+
+    with in_new_folder():
+        write_safetensors("good.safetensors", tensors)
+        read = pretrained.read_safetensors("good.safetensors")
+        assert read.keys() == tensors.keys() and all(read[name].equal(tensors[name]) for name in tensors)
+        bad = [changed(dtype="F31"), changed(dtype=7), changed(dtype=["F32"]), changed(dtype="F64"), changed(shape=[3]),
+               changed(shape=[-2, -3]), changed(shape=[2.0, 3]), changed(shape="23"), changed(shape=None),
+               changed(data_offsets=[0]), changed(data_offsets=[24, 0]), changed(data_offsets=[0, 2 ** 70]),
+               changed(data_offsets=[4, 28]), changed(data_offsets=[-24, 0]), changed(data_offsets="ab"),
+               lambda header: {"a": [1, 2]}, lambda header: [1], lambda header: b"\xff\xfe", lambda header: b"[" * 9999,
+               lambda header: {name: header[name] for name in "ab"}, lambda header: header | {"e": header["d"]}]
+        files = [{"change": change} for change in bad]
+        files += [{"body": b""}, {"body": b"x" * 47}, {"body": b"x" * 49}, {"length": 2 ** 63}, {"length": 10}]
+        for i, how in enumerate(files):
+            write_safetensors("bad.safetensors", tensors, **how)
+            raises(SystemExit, "bad.safetensors cannot be read", pretrained.read_weights, Path("bad.safetensors"))
+        for raw in (b"", b"1234567", b"PK\x03\x04" + bytes(100)):
+            Path("bad.safetensors").write_bytes(raw)
+            raises(SystemExit, "bad.safetensors cannot be read", pretrained.read_weights, Path("bad.safetensors"))
+        marker = Path("run")
+        Path("bad.bin").write_bytes(pickle.dumps(RunsCode(str(marker))))
+        raises(SystemExit, "bad.bin cannot be read", pretrained.read_weights, Path("bad.bin"))
+        assert not marker.exists()
+
+
+class RunsCode:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def write_pretrained(folder):
+    """A small GPT-2 and a small CLIP as the hub has them, and our models with the same weights."""
+    gpt = shake(GPT(GPTConfig(261, 128, 2, 1, 64, activation="gelu_tanh", norm="layer", positions="learned",
+                              bias=True)), 0.1)
+    own = gpt.state_dict()
+    theirs = {"wte.weight": own["embedding.weight"], "wpe.weight": own["position.positions"],
+              "ln_f.weight": own["decoder.norm.weight"], "ln_f.bias": own["decoder.norm.bias"],
+              "h.0.attn.bias": torch.ones(1, 1, 128, 128)}
+    for i, (old, new) in itertools.product(range(2), (
+            ("ln_1", "norm1"), ("attn.c_attn", "attn.qkv"), ("attn.c_proj", "attn.proj"), ("ln_2", "norm2"),
+            ("mlp.c_fc", "ff.up"), ("mlp.c_proj", "ff.proj"))):
+        weight, bias = (own[f"decoder.blocks.{i}.{new}.{kind}"] for kind in ("weight", "bias"))
+        theirs |= {f"h.{i}.{old}.weight": weight.T, f"h.{i}.{old}.bias": bias}
+    Path(folder, "gpt2").mkdir(parents=True)
+    write_safetensors(Path(folder, "gpt2", "model.safetensors"), theirs)
+    characters = [chr(b) for b in GPT2Tokenizer.printable] + [chr(256 + i) for i in range(68)]
+    vocab = {c: i for i, c in enumerate(characters)} | {"he": 256, "ll": 257, "hell": 258, "\u0120hell": 259, "<|end|>": 260}
+    Path(folder, "gpt2", "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    Path(folder, "gpt2", "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n\u0120 hell\n", "utf-8")
+
+    vit = shake(ViT(ViTConfig(24, 8, 2, 1, 64, 0, activation="quick_gelu", stem="patch", class_token=True, pre_norm=True,
+                              last_norm=False)), 0.1)
+    vit.patches.stem.bias.data.zero_()
+    for name, values in (("pixel_mean", pretrained.CLIP_MEAN), ("pixel_std", pretrained.CLIP_STD)):
+        getattr(vit, name).copy_(255 * torch.tensor(values).view(1, 3, 1, 1))
+    own, embeddings = vit.state_dict(), "vision_model.embeddings"
+    theirs = {f"{embeddings}.patch_embedding.weight": own["patches.stem.weight"],
+              f"{embeddings}.class_embedding": own["class_token"][0, 0] - 1,
+              f"{embeddings}.position_embedding.weight": torch.cat((torch.ones(1, 64), own["position.positions"])),
+              "text_model.final_layer_norm.weight": torch.ones(64), "logit_scale": torch.ones(())}
+    theirs |= {f"vision_model.pre_layrnorm.{kind}": own[f"pre_norm.{kind}"] for kind in ("weight", "bias")}
+    for i, kind in itertools.product(range(2), ("weight", "bias")):
+        prefix, block = f"vision_model.encoder.layers.{i}", f"encoder.blocks.{i}"
+        for name, part in zip("qkv", own[f"{block}.attn.qkv.{kind}"].chunk(3)):
+            theirs[f"{prefix}.self_attn.{name}_proj.{kind}"] = part
+        for old, new in (("self_attn.out_proj", "attn.proj"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"),
+                         ("mlp.fc1", "ff.up"), ("mlp.fc2", "ff.proj")):
+            theirs[f"{prefix}.{old}.{kind}"] = own[f"{block}.{new}.{kind}"]
+    Path(folder, "clip").mkdir()
+    torch.save(theirs, Path(folder, "clip", "pytorch_model.bin"))
+    return gpt, vit
+
+
+def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
+    with in_new_folder():
+        gpt, vit = write_pretrained("hub")
+        loaded = pretrained.load_gpt2("hub/gpt2")
+        model, ids = GPT(GPTConfig(**loaded["config"])).eval(), torch.randint(261, (2, 20))
+        model.load_state_dict(loaded["model"])
+        close(model(ids)[0][..., :261], gpt(ids)[0], 1e-4)
+        tokenizer = tokenizer_from_state(loaded["tokenizer"])
+        assert tokenizer.encode("a hell!") == [64, 259, 0] and tokenizer.pad_id == 261 and model.config.vocab_size == 264
+        loaded = pretrained.load_clip_vit("hub/clip")
+        model, images = ViT(ViTConfig(**loaded["config"])).eval(), photos(2, size=24)
+        missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+        assert not unexpected and all(name.startswith(("pool.", "head.")) for name in missing)
+        close(model.features(images), vit.features(images), 1e-4)
+        args = (*TOY[mllm], "--gpt_ckpt=hub/gpt2", "--vit_ckpt=hub/clip", "--fusion=prefix", "--max_tokens=100")
+        printed = run(mllm, *args)
+        assert "hub/gpt2, step 0" in printed and "hub/clip, step 0" in printed
+        saved = torch.load("out/mllm/sft.pt", weights_only=True)
+        assert saved["tokenizer"]["kind"] == "gpt2" and saved["config"]["eos_id"] == 263
+        Image.new("RGB", (30, 30)).save("a.png")
+        assert "a.png: " in run(mllm, *TOY[mllm], "--image=a.png")
+        raises(SystemExit, "learnt positions, which end at 128", run, mllm, *args[:-1], "--max_tokens=130")
+        Path("hub/gpt2/merges.txt").write_text("l l\nh e\n", "utf-8")
+        raises(SystemExit, "do not number the merges alike", run, mllm, *args)
+        Path("hub/gpt2/vocab.json").unlink()
+        raises(SystemExit, "vocab.json is missing", run, mllm, *args)
+        raises(SystemExit, "lacks embeddings.patch_embedding.weight", pretrained.load_clip_vit, "hub/gpt2")
 
 
 def test_downloads_resume_and_fall_back_to_the_second_source():
