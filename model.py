@@ -565,10 +565,13 @@ class TransformerEncoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer))
         self.norm = make_norm(norm, n_embd)
 
-    def forward(self, x, mask=None):
-        for block in self.blocks:
+    def forward(self, x, mask=None, keep=()):
+        """keep: numbers of blocks whose outputs are wanted too, beside the last: (B, T, C * (1 + len(keep)))."""
+        kept = []
+        for i, block in enumerate(self.blocks):
             x = block(x, mask)
-        return self.norm(x)
+            kept += [x] if i in keep else []
+        return torch.cat((self.norm(x), *kept), dim=-1) if keep else self.norm(x)
 
 
 class TransformerDecoder(nn.Module):
@@ -633,12 +636,20 @@ class ViTConfig:
     activation: str = "gelu"
     norm: str = "layer"
     stem: str = "conv"  # "patch": one linear layer a patch
-    class_token: bool = False  # a learnt token before the patches, as CLIP has; pool and features() leave it out
-    pre_norm: bool = False  # a norm before the first block, as CLIP has
-    last_norm: bool = True  # a norm after the last block
     label_smoothing: float = 0.0
     pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
     pixel_std: tuple = (63.0, 62.0, 65.0)
+    class_token: bool = False  # a learnt token before the patches, as CLIP has; features() leaves it out
+    pre_norm: bool = False  # a norm before the first block, as CLIP has
+    last_norm: bool = True  # a norm after the last block
+    max_tiles: int = 1  # above 1, an image is up to so many tiles of image_size; see TileEmbedding
+    across_layer: int = 0  # further blocks, in which the patches of all tiles of an image attend to each other
+    keep: tuple = ()  # numbers of blocks whose outputs stand beside the last in features()
+
+    @property
+    def n_features(self):
+        """Channels of ViT.features()."""
+        return self.n_embd * (1 + len(self.keep))
 
 
 class PatchEmbedding(nn.Module):
@@ -669,6 +680,34 @@ class PatchEmbedding(nn.Module):
         if H % self.patch_size or W % self.patch_size:
             raise ValueError(f"{H}x{W} pixels do not divide into patches of {self.patch_size}x{self.patch_size}")
         return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C)
+
+
+LAYOUTS = [(rows, columns) for rows in range(1, 5) for columns in range(1, 5) if rows * columns <= 4]  # of tiles
+
+
+def best_layout(width, height, max_tiles):
+    """The number in LAYOUTS of the grid of square tiles on which an image is laid: of those with max_tiles at most the
+    one on which it is reduced least; of several of these the one that is padded least, and then the smallest. The side
+    of a tile is 1, and width and height are in tiles."""
+    def cost(layout):
+        rows, columns = LAYOUTS[layout]
+        scale = min(columns / width, rows / height)  # the image then fits
+        return max(0.0, 1 - scale), rows * columns - scale ** 2 * width * height, rows * columns
+    return min((i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles), key=cost)
+
+
+class TileEmbedding(nn.Module):
+    """(M, T, N, C), the N patches of T tiles of an image -> the same with a learnt vector added for each place in each
+    layout, times the tanh of a learnt number that starts at 0 (Llama 3.2 Vision, Meta 2024). layouts: (M,)"""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.vectors = nn.Embedding(len(LAYOUTS), 4 * n_embd)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, layouts):
+        M, T, N, C = x.shape
+        return x + self.gate.tanh() * self.vectors(layouts).view(M, 4, 1, C)[:, :T]
 
 
 class AttentionPooling(nn.Module):
@@ -711,6 +750,10 @@ class ViT(nn.Module):
                                           activation=c.activation)
         if not c.last_norm:
             self.encoder.norm = nn.Identity()
+        if c.max_tiles > 1:
+            self.tiles_before, self.tiles_after = TileEmbedding(c.n_embd), TileEmbedding(c.n_embd)
+            self.across = nn.ModuleList(EncoderBlock(c.n_embd, c.n_head, c.activation, c.norm, c.dropout)
+                                        for _ in range(c.across_layer))
         self.pool = AttentionPooling(c.n_embd, c.n_head)
         self.head = nn.Linear(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
         init_weights(self)
@@ -725,14 +768,28 @@ class ViT(nn.Module):
         table = F.interpolate(table, (H, W), mode="bicubic", antialias=True).to(x.device)
         return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
 
-    def features(self, images):
-        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row."""
-        H, W = (pixels // self.config.patch_size for pixels in images.shape[-2:])
-        x = self._add_positions(self.patches((images.float() - self.pixel_mean) / self.pixel_std), H, W)
+    def features(self, images, layouts=None):
+        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row, of n_features channels. Of tiles, (M, T,
+        3, H, W) with their layouts (M,), numbers in LAYOUTS: (M, T * N, C), zeros in the tiles that a layout lacks."""
+        c, tiled = self.config, images.dim() == 5
+        H, W = (pixels // c.patch_size for pixels in images.shape[-2:])
+        pixels = images.flatten(0, -4)  # (M * T, 3, H, W)
+        x = self._add_positions(self.patches((pixels.float() - self.pixel_mean) / self.pixel_std), H, W)
         if self.class_token is not None:  # it has its position in it
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
-        x = self.encoder(self.drop(self.pre_norm(x)))
-        return x if self.class_token is None else x[:, 1:]
+        if tiled:
+            x = self.tiles_before(x.unflatten(0, images.shape[:2]), layouts).flatten(0, 1)
+        x = self.encoder(self.drop(self.pre_norm(x)), keep=c.keep)[:, c.class_token:]  # each tile by itself
+        if not tiled:
+            return x
+        (M, T), N = images.shape[:2], x.size(1)
+        x, kept = x.view(M, T * N, -1).split((c.n_embd, c.n_features - c.n_embd), dim=-1)
+        x = self.tiles_after(x.view(M, T, N, -1), layouts).flatten(1, 2)  # (M, T * N, C)
+        n_tiles = torch.tensor([rows * columns for rows, columns in LAYOUTS], device=x.device)[layouts]  # (M,)
+        seen = torch.arange(T * N, device=x.device) < N * n_tiles[:, None]  # (M, T * N)
+        for block in self.across:
+            x = block(x, seen[:, None, None])
+        return torch.cat((x, kept), dim=-1) * seen[:, :, None]
 
     def forward(self, images, labels=None):
         """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
@@ -992,6 +1049,8 @@ class MLLMConfig:
 
     def __post_init__(self):
         choose(CONNECTORS, connector=self.connector)
+        if self.vit.max_tiles > 1 and not self.gpt.cross_every:
+            raise SettingError("tiles are attended: max_tiles above 1 takes cross-attention, fusion=cross")
 
     @classmethod
     def from_dict(cls, d):
@@ -1001,7 +1060,7 @@ class MLLMConfig:
         """How many tokens an image of image_size x image_size pixels becomes; SettingError if patches do not fit it."""
         if image_size % self.vit.patch_size:
             raise SettingError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
-        return CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
+        return self.vit.max_tiles * CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
 
     def n_placeholders(self, image_size):
         """How many ids stand for an image: one per image token, or a single marker with cross-attention."""
@@ -1026,16 +1085,22 @@ class MLLM(nn.Module):
         super().__init__()
         self.config = config
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
-        self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
+        self.connector = CONNECTORS[config.connector](config.vit.n_features, config.gpt.n_embd)
         cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
         self.marker = nn.Embedding(1, n_embd) if cross else None
         self.order = nn.Embedding(config.max_images, n_embd) if config.max_images > 1 else None
         init_weights(nn.ModuleList([self.connector, self.marker, self.order]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
-    def encode(self, images):
-        """(M, 3, H, W) pixels, or (M, N, n_embd of the ViT) features of it -> (M, N, n_embd of the GPT) image tokens"""
-        return self.connector(images if images.dim() == 3 else self.vit.features(images))
+    def encode(self, images, layouts=None):
+        """(M, 3, H, W) pixels, or (M, T, 3, H, W) tiles with their layouts, or (M, N, n_features) features of the ViT
+        -> (M, N, n_embd of the GPT) image tokens; zeros where a layout has no tile."""
+        features, T = images if images.dim() == 3 else self.vit.features(images, layouts), self.config.vit.max_tiles
+        if T == 1:
+            return self.connector(features)
+        tiles = features.unflatten(1, (T, -1))  # (M, T, N, n_features)
+        tokens = self.connector(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # (M, T, N, C)
+        return (tokens * tiles.any(dim=(2, 3))[:, :, None, None]).flatten(1, 2)
 
     def embed(self, images, ids):
         """ids (B, T) -> x (B, T, C), the embeddings of words and images; and the memory of GPT.hidden() and its mask.
@@ -1049,7 +1114,7 @@ class MLLM(nn.Module):
         x = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
         if M == 0:
             return x, None, None
-        n = is_image.sum() // M  # placeholders of an image
+        n, there = is_image.sum() // M, tokens.any(dim=-1)  # placeholders of an image; (M, N), not in an empty tile
         so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
         starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group
@@ -1062,11 +1127,13 @@ class MLLM(nn.Module):
             return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
         x = torch.where(is_image[:, :, None], self.marker.weight, x)
         K = int(so_far[:, -1].max())  # the most images of a row
-        memory = tokens.new_zeros(len(ids), K, N, C)
-        memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
+        memory, seen = tokens.new_zeros(len(ids), K, N, C), is_image.new_zeros(len(ids), K, N)
+        where = is_image.nonzero()[:, 0], so_far[is_image] - 1  # row by row, in order
+        memory[where], seen[where] = tokens, there
         image = torch.arange(K, device=tokens.device)
         mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
-        return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
+        mask = (mask[:, :, :, None] & seen[:, None]).flatten(2)  # (B, T, K * N)
+        return x, memory.flatten(1, 2), None if mask.all() else mask[:, None]
 
     def hidden(self, images, ids, segments=None):
         """What the GPT's head takes, (B, T, C). Texts that share images in a row do not see each other, and the

@@ -52,11 +52,11 @@ from config.tools import conversations, data, metrics, pictures, pretrained, que
 from config.tools.data import to_pixels
 from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
-    CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, Conversation,
-    DecoderBlock, Dropout, EncoderBlock, FeedForward, GPT2Tokenizer, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
-    MLLMConfig, MixtureOfExperts, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
-    SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
-    padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
+    CLIP, CONNECTORS, GPT, IMAGE_ID, LAYOUTS, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig,
+    Conversation, DecoderBlock, Dropout, EncoderBlock, FeedForward, GPT2Tokenizer, GPTConfig, KVCache, LayerNorm,
+    LearnedPositionalEncoding, MixtureOfExperts, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector,
+    RMSNorm, RotaryEmbedding, SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT,
+    ViTConfig, best_layout, causal_mask, padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
 )
 
 
@@ -528,6 +528,58 @@ def tiny_vit(**changes):
 
 def photos(n, size=8):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+
+
+def test_best_layout_is_the_one_that_reduces_least_and_pads_least():
+    """By brute force, on whole pixels: tiles of 1,000 pixels, and images that are larger and smaller than these."""
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(200):
+        width, height = (int(x) for x in np.exp(rng.uniform(math.log(100), math.log(9000), 2)))
+        costs = []
+        for i, (rows, columns) in enumerate(LAYOUTS):
+            scale = min(1000 * columns / width, 1000 * rows / height)
+            padding = 1e6 * rows * columns - (width * scale) * (height * scale)
+            costs.append((max(0, 1 - scale), round(padding, 3), rows * columns, i))
+        least = [c for c in costs if abs(c[0] - min(costs)[0]) < 1e-12]
+        right = min(least, key=lambda c: c[1:])[3]
+        assert best_layout(width / 1000, height / 1000, 4) == right, (width, height)
+        seen[LAYOUTS[right]] += 1
+    assert len(seen) == 8 and set(LAYOUTS) == set(seen) and best_layout(9, 3, 1) == LAYOUTS.index((1, 1))
+    assert [LAYOUTS[best_layout(w, h, 4)] for w, h in ((9, 3), (3, 9), (9, 9), (1, 1), (9, 1), (5, 3))] == [
+        (1, 3), (3, 1), (2, 2), (1, 1), (1, 4), (2, 2)]
+
+
+def test_tiles_are_plain_images_until_their_gates_open_and_empty_ones_change_nothing():
+    sizes = dict(image_size=16, patch_size=8, n_layer=3, n_head=2, n_embd=16, n_classes=0, stem="patch")
+    plain = shake(ViT(ViTConfig(**sizes)))
+    tiled = ViT(ViTConfig(**sizes, max_tiles=4)).eval()
+    tiled.load_state_dict(tiled.state_dict() | plain.state_dict())
+    images, layouts = photos(20, size=16).view(5, 4, 3, 16, 16), torch.tensor([0, 3, 5, 1, 6])  # 1, 4, 4, 2 and 3 tiles
+    n = [rows * columns for rows, columns in (LAYOUTS[i] for i in layouts)]
+    features = tiled.features(images, layouts)  # (5, 4 * 4, 16)
+    for i, tiles in enumerate(images):
+        close(features[i, :4 * n[i]], plain.features(tiles[:n[i]]).flatten(0, 1))
+        assert not features[i, 4 * n[i]:].any()
+    other = images.clone()
+    for i in range(5):
+        other[i, n[i]:] = photos(4 - n[i], size=16)
+    model = shake(MLLM(MLLMConfig(ViTConfig(**sizes, max_tiles=4, across_layer=1, keep=(0, 2)),
+                                  tiny_gpt_config(cross_every=1), "mlp")))
+    ids = torch.tensor([[IMAGE_ID, 1, 5, 6, 7]] * 5)
+    assert model.vit.features(images, layouts).shape == (5, 16, 48) and model.config.n_image_tokens(16) == 16
+    logits = [model(model.encode(some, layouts), ids)[0] for some in (images, other)]
+    close(*logits)
+    assert (model(model.encode(images, torch.full((5,), 3)), ids)[0] - logits[0]).abs().amax(dim=(1, 2))[0] > 1e-4
+    for name in ("tiles_before", "tiles_after"):  # open gates tell places and layouts from each other
+        tiles = images[:1, :1].expand(2, 4, 3, 16, 16)
+        getattr(tiled, name).gate.data.fill_(1.0)
+        seen = tiled.features(tiles, torch.tensor([3, 5])).view(2, 4, 4, 16)
+        assert (seen[0, 0] - seen[0, 1]).abs().max() > 1e-4 and (seen[0, 0] - seen[1, 0]).abs().max() > 1e-4
+        getattr(tiled, name).gate.data.fill_(0.0)
+    model.train()
+    model(model.encode(images, layouts), ids, ids.masked_fill(ids == IMAGE_ID, -1))[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    raises(ValueError, "max_tiles above 1", lambda: MLLMConfig(ViTConfig(max_tiles=4), tiny_gpt_config()))
 
 
 def test_patch_embedding_equals_unfold_and_a_matrix():
@@ -1333,12 +1385,12 @@ def write_pretrained(folder):
     Path(folder, "gpt2").mkdir(parents=True)
     write_safetensors(Path(folder, "gpt2", "model.safetensors"), theirs)
     characters = [chr(b) for b in GPT2Tokenizer.printable] + [chr(256 + i) for i in range(68)]
-    vocab = {c: i for i, c in enumerate(characters)} | {"he": 256, "ll": 257, "hell": 258, "\u0120hell": 259, "<|end|>": 260}
+    vocab = {c: i for i, c in enumerate([*characters, "he", "ll", "hell", "\u0120hell", "<|endoftext|>"])}
     Path(folder, "gpt2", "vocab.json").write_text(json.dumps(vocab), "utf-8")
     Path(folder, "gpt2", "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n\u0120 hell\n", "utf-8")
 
-    vit = shake(ViT(ViTConfig(24, 8, 2, 1, 64, 0, activation="quick_gelu", stem="patch", class_token=True, pre_norm=True,
-                              last_norm=False)), 0.1)
+    vit = shake(ViT(ViTConfig(24, 8, 2, 1, 64, 0, activation="quick_gelu", stem="patch", class_token=True,
+                              pre_norm=True, last_norm=False)), 0.1)
     vit.patches.stem.bias.data.zero_()
     for name, values in (("pixel_mean", pretrained.CLIP_MEAN), ("pixel_std", pretrained.CLIP_STD)):
         getattr(vit, name).copy_(255 * torch.tensor(values).view(1, 3, 1, 1))
@@ -1368,7 +1420,8 @@ def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
         model.load_state_dict(loaded["model"])
         close(model(ids)[0][..., :261], gpt(ids)[0], 1e-4)
         tokenizer = tokenizer_from_state(loaded["tokenizer"])
-        assert tokenizer.encode("a hell!") == [64, 259, 0] and tokenizer.pad_id == 261 and model.config.vocab_size == 264
+        assert tokenizer.encode("a hell!") == [64, 259, 0]
+        assert tokenizer.pad_id == 261 and model.config.vocab_size == 264
         loaded = pretrained.load_clip_vit("hub/clip")
         model, images = ViT(ViTConfig(**loaded["config"])).eval(), photos(2, size=24)
         missing, unexpected = model.load_state_dict(loaded["model"], strict=False)

@@ -57,7 +57,7 @@ def read_safetensors(path):
 def is_pretrained(where):
     """Whether this is a name on the hub, a folder, or a file of weights that is no checkpoint of this project."""
     path = Path(where)
-    return where in HUB or path.is_dir() or path.suffix in (".safetensors", ".bin")
+    return where in HUB or where != "" and path.is_dir() or path.suffix in (".safetensors", ".bin")
 
 
 def files_of(where):
