@@ -1229,9 +1229,10 @@ class Conversation:
     """A conversation with an MLLM that goes on turn by turn. What was read is kept in the caches and not read again."""
 
     def __init__(self, model, images):
-        """images: (M, 3, H, W), all that the conversation is about, in the order of their placeholders."""
+        """images: (M, 3, H, W), or (M, N, C) from encode(), all that the conversation is about, in the order of their
+        placeholders."""
         with torch.no_grad(), evaluating(model):
-            self.model, self.tokens = model, model.encode(images)  # (M, N, C)
+            self.model, self.tokens = model, images if images.dim() == 3 else model.encode(images)  # (M, N, C)
         self.ids = torch.empty(1, 0, dtype=torch.long, device=self.tokens.device)
         self.caches = model.gpt.decoder.new_caches(model.config.gpt.block_size, self.tokens.shape[:2].numel())
 

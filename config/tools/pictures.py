@@ -46,9 +46,10 @@ def printable(text):
 
 
 def side_by_side(images):
-    """(k, 3, H, W) uint8 -> one picture (3, H, k * W and gaps), white between them."""
-    gap = max(1, images.size(3) // 24)
-    return torch.cat(tuple(F.pad(images, (0, gap), value=255)), dim=2)[:, :, :-gap]
+    """Some images, (3, H, W) uint8 each -> one picture with white between them, and under those that are less high."""
+    gap, H = max(1, images[0].size(2) // 24), max(image.size(1) for image in images)
+    padded = [F.pad(image, (0, gap, 0, H - image.size(1)), value=255) for image in images]
+    return torch.cat(padded, dim=2)[:, :, :-gap]
 
 
 def save_grid(path, images, titles, columns=4, width=34):

@@ -62,11 +62,11 @@ def between(first, last, share):
     return first._replace(middle=mix(first.middle, last.middle), radius=mix(first.radius, last.radius))
 
 
-def draw(looks, ground, size):
-    """[Look] on a ground of one colour -> (3, size, size) uint8"""
+def draw(looks, ground, size, sides=(1, 1)):
+    """[Look] on a ground of one colour -> (3, H, W) uint8; sides: the width and height, in units of size pixels."""
     from PIL import Image, ImageDraw
-    s = 4 * size  # drawn four times as large, then reduced: smooth edges
-    picture = Image.new("RGB", (s, s), ground)
+    s, (width, height) = 4 * size, (round(size * side) for side in sides)
+    picture = Image.new("RGB", (4 * width, 4 * height), ground)  # four times as large, then reduced: smooth edges
     pen = ImageDraw.Draw(picture)
     for middle, radius, fill, shape in looks:
         (x, y), r, fill = s * middle, s * radius, tuple(int(c) for c in fill)
@@ -81,7 +81,7 @@ def draw(looks, ground, size):
             radii = (1.1, 1.1, 1.1) if shape == "triangle" else (1.15, 0.48) * 5
             angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
             pen.polygon([(x + r * q * math.sin(a), y - r * q * math.cos(a)) for q, a in zip(radii, angles)], fill)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def draw_scene(things, size, rng):
@@ -101,6 +101,23 @@ def draw_shapes(n, size, seed):
         words = [text for thing in things for text in (thing.words(), thing.place)]
         captions.append([wording.format(*words) for wording in WORDINGS[len(things)]])
     return images, captions
+
+
+def draw_wide(n, seed):
+    """n PIL images with sides of 1:3 to 3:1, of three to five shapes that are small in them, and a caption of each."""
+    from PIL import Image
+    rng, pictures, captions = np.random.default_rng(seed), [], []
+    choose = lambda options: options[rng.integers(len(options))]
+    for _ in range(n):
+        places = sorted(rng.permutation(len(PLACES))[:rng.integers(3, 6)])
+        things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in places]
+        stretch = 3 ** rng.uniform(-0.5, 0.5)  # of the width, and the height is divided by it
+        sides = np.array([stretch, 1 / stretch])
+        looks = [look_of(thing, rng) for thing in things]
+        looks = [look._replace(middle=look.middle * sides, radius=0.6 * look.radius * sides.min()) for look in looks]
+        pictures.append(Image.fromarray(draw(looks, background(rng), 96, sides).transpose(1, 2, 0)))
+        captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
+    return pictures, captions
 
 
 def attributes(caption):
