@@ -530,6 +530,19 @@ def photos(n, size=8):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
 
 
+def test_tiles_hold_the_image_and_nothing_else():
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 90, 3), dtype=np.uint8)
+    (tiles,), (layout,) = data.to_images([Image.fromarray(pixels)], 30, 4)  # (4, 3, 30, 30)
+    assert LAYOUTS[layout] == (1, 3) and not tiles[3].any()
+    assert torch.equal(data.join_tiles(tiles, layout), torch.from_numpy(pixels).permute(2, 0, 1))
+    (tiles,), (layout,) = data.to_images([Image.new("RGB", (50, 120), (9, 8, 7))], 40, 4)
+    joined = data.join_tiles(tiles, layout)
+    assert LAYOUTS[layout] == (3, 1) and joined.shape == (3, 120, 40)
+    assert (joined[:, :96] == torch.tensor([9, 8, 7])[:, None, None]).all() and not joined[:, 96:].any()
+    (plain,), (layout,) = data.to_images([Image.new("RGB", (50, 120))], 40)
+    assert plain.shape == (3, 40, 40) and layout == 0 and data.join_tiles(plain, layout) is plain
+
+
 def test_best_layout_is_the_one_that_reduces_least_and_pads_least():
     """By brute force, on whole pixels: tiles of 1,000 pixels, and images that are larger and smaller than these."""
     rng, seen = np.random.default_rng(0), Counter()
@@ -2386,6 +2399,26 @@ def likely_tokens(logits, temperature=1.0, *_):
     """In the place of sample_next: the first of two samples is greedy, the second takes the second likeliest tokens."""
     rank = torch.arange(len(logits)) % 2 if temperature else torch.zeros(len(logits), dtype=torch.long)
     return logits.topk(2).indices.gather(1, rank[:, None]).squeeze(1)
+
+
+def test_scenes_on_tiles_are_learnt_and_asked():
+    with in_new_folder():
+        args = (*(arg for arg in TOY[mllm] if arg.split("=")[0] not in ("--mirror", "--crop", "--jitter")),
+                "--dataset=wide", "--fusion=cross", "--max_tokens=80", "--keep_blocks=0", "--across_layer=1")
+        printed = run(mllm, *args, "--max_tiles=4")
+        assert "36 image tokens each" in printed and Path("out/mllm/captions.png").is_file()
+        assert "right" in run(mllm, *args, "--eval_only=True")
+        Image.new("RGB", (90, 30)).save("wide.png")
+        assert "wide.png: " in run(mllm, *args, "--image=wide.png") and Path("out/mllm/captioned.png").is_file()
+        assert "after" in run(scst, *TOY[scst], "--init_from=sft")
+        raises(SystemExit, "tiles are not augmented", run, mllm, *TOY[mllm], "--dataset=wide", "--max_tiles=4")
+        raises(SystemExit, "takes cross-attention", run, mllm, *args, "--max_tiles=4", "--fusion=prefix")
+        raises(SystemExit, "max_tiles=4: the images of shapes", run, mllm, *args, "--max_tiles=4", "--dataset=shapes")
+        make_captioned_folder("mine", 24)
+        run(prepare_flickr8k, "--source=mine", "--out_dir=data/mine", "--size=24", "--max_tiles=4", "--vocab_size=300")
+        assert np.load("data/mine/images.npy").shape == (24, 4, 3, 24, 24)
+        assert set(np.load("data/mine/layouts.npy").tolist()) == {LAYOUTS.index((1, 2))}  # of 20x12 pixels
+        run(mllm, *args, "--max_tiles=4", "--dataset=mine", "--out_dir=out/tiles")
 
 
 def test_questions_about_drawn_images_are_learnt_and_asked():
