@@ -1043,7 +1043,7 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
     connector: str = "mlp"  # or linear, pixel_shuffle
-    max_images: int = 1  # that may stand side by side; above 1 an embedding tells which is which
+    max_images: int = 1  # that may stand side by side; above 1 each is told its place, and what differs from the last
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
@@ -1077,6 +1077,8 @@ class MLLM(nn.Module):
     - cross (config.gpt.cross_every > 0): one placeholder, a marker, stands for a whole image. Its embedding is the same
       for all images; the image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022). A
       word attends to the images that stand last before it; images that stand side by side count together.
+    Of images that stand side by side each is told its place, and at each of its tokens what differs from the image
+    before it (as between the frames of a video, Wang et al. 2021): to compare images is hard to learn otherwise.
     images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode().
     Several texts about the same images may stand in one row, after the images, which are read once: segments (B, T) is
     0 for the images, 1 for the first text, 2 for the second, ..., -1 for padding; a text sees the images and itself."""
@@ -1089,7 +1091,8 @@ class MLLM(nn.Module):
         cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
         self.marker = nn.Embedding(1, n_embd) if cross else None
         self.order = nn.Embedding(config.max_images, n_embd) if config.max_images > 1 else None
-        init_weights(nn.ModuleList([self.connector, self.marker, self.order]))
+        self.change = nn.Linear(n_embd, n_embd, bias=False) if config.max_images > 1 else None
+        init_weights(nn.ModuleList([self.connector, self.marker, self.order, self.change]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
     def encode(self, images, layouts=None):
@@ -1122,7 +1125,8 @@ class MLLM(nn.Module):
             places = (so_far - 1 - first)[is_image][::n] // n  # (M,)
             if places.max() >= self.config.max_images:
                 raise SettingError(f"{places.max() + 1} images side by side, and max_images={self.config.max_images}")
-            tokens = tokens + self.order(places)[:, None]  # (M, N, C)
+            change = (tokens - tokens.roll(1, dims=0)) * (places > 0)[:, None, None]  # since the image before it
+            tokens = tokens + self.order(places)[:, None] + self.change(change)  # (M, N, C)
         if self.marker is None:
             return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
         x = torch.where(is_image[:, :, None], self.marker.weight, x)

@@ -1714,7 +1714,9 @@ def test_answers_about_drawn_images_are_right():
                 named["place"] = place[1]
             fits = [thing for thing in things if named.items() <= thing.items()]
             if kind == "count":
-                assert answer == ("none", "one", "two", "three", "four")[len(fits)], (caption, question, answer)
+                number = ("none", "one", "two", "three", "four")[len(fits)]
+                where = ", ".join(sorted((thing["place"] for thing in fits), key=shapes.PLACES.index))
+                assert answer == (f"{where}: {number}" if fits else number), (caption, question, answer)
             elif kind == "exists":
                 assert answer == ("yes" if fits else "no"), (caption, question, answer)
             elif kind in ("size", "colour", "shape", "place"):
@@ -1728,6 +1730,19 @@ def test_answers_about_drawn_images_are_right():
                 assert answer == ("a {size} {colour} {shape}".format(**there[0]) if there else "nothing")
             checked[kind] += 1
     assert all(checked[kind] > 30 for kind in ("count", "exists", "size", "colour", "shape", "place", "relation"))
+
+
+def test_the_answer_says_which_image_has_more():
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(100):
+        scenes, talks = questions.ask_pair(rng)
+        for (kind, question, answer), in talks:
+            if kind == "more":
+                what = re.search(rf"more ({'|'.join((*shapes.COLOURS, *shapes.SHAPES, 'shape'))})", question)[1]
+                first, second = (sum(what == "shape" or what in thing.words() for thing in things) for things in scenes)
+                assert answer == ("neither" if first == second else "the first" if first > second else "the second")
+                seen[answer] += 1
+    assert len(seen) == 3 and min(seen.values()) > 20
 
 
 def test_the_answer_says_what_has_changed():

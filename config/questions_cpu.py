@@ -1,10 +1,10 @@
 """Questions about drawn images, pairs of images and clips, on two CPU cores: ten minutes, no download."""
 out_dir = "out/questions"
 dataset = "questions"
-n_drawn = 20000  # groups of conversations about the same images: of 10,000 the model remembers too much
+n_drawn = 25000  # groups of conversations about the same images: of 10,000 the model remembers too much
 fusion = "prefix"  # learns to compare images sooner than cross
 connector = "pixel_shuffle"  # 9 tokens an image, one for each place: a clip has up to eight images
-align_share = 0.06  # captions first: after half a minute the ViT knows what is there
+align_share = 0.05  # captions first, but not long: the ViT then knows what is there, and the GPT can do more than list it
 train_vit = False  # then it is frozen, and sees each image once
 captions_per_photo = 6  # conversations of a group in a step
 batch_size = 64  # groups

@@ -1,7 +1,9 @@
 """
 Conversations about drawn images, about pairs of them, and about clips in which things move, grow, appear or vanish.
 
-Every question has one right answer in one wording, so that an answer is checked by comparing strings.
+Every question has one right answer in one wording, so that an answer is checked by comparing strings. Where things are
+counted, or something has changed, the answer says first where, and then how many or what: each word is easy once those
+before it stand there (a chain of thought, Wei et al. 2022).
 """
 
 import numpy as np
@@ -49,8 +51,12 @@ def named(attributes):
     return " ".join(filter(None, words)) + (f" in the {attributes['place']}" if "place" in attributes else "")
 
 
+def places_of(things, attributes):
+    return [thing.place for thing in things if all(getattr(thing, name) == value for name, value in attributes.items())]
+
+
 def how_many(things, attributes):
-    return sum(all(getattr(thing, name) == value for name, value in attributes.items()) for thing in things)
+    return len(places_of(things, attributes))
 
 
 def phrase(thing, things, rng, *hidden):
@@ -100,7 +106,8 @@ def ask(kind, things, rng):
         about, answer = "", describe(things)
     elif first == "count":
         about, attributes = countable(things, rng)
-        answer = NUMBERS[how_many(things, attributes)]
+        places = places_of(things, attributes)
+        answer = f"{', '.join(places)}: {NUMBERS[len(places)]}" if places else "none"
     elif first == "exists":  # yes and no are equally likely; what is not there differs in one attribute from what is
         shown = [str(name) for name in rng.permutation(list(VALUES))[:rng.integers(1, 4)]]
         attributes, answer = {name: getattr(thing, name) for name in shown}, pick(rng, ("yes", "no"))
@@ -136,8 +143,7 @@ def ask_until(kind, things, rng):
 
 
 def change(things, rng):
-    """The things of a second image in which one thing differs, or none; and the answer that says where and what has
-    changed: with the place first, a model that has found it has the rest from there."""
+    """The things of a second image in which one thing differs, or none, and the answer that says what has changed."""
     what, i = pick(rng, ("colour", "place", "size", "more", "less", "nothing")), rng.integers(len(things))
     thing, others = things[i], [*things[:i], *things[i + 1:]]
     free = [place for place in PLACES if place not in [thing.place for thing in things]]
