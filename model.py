@@ -1117,7 +1117,8 @@ class MLLM(nn.Module):
         x = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
         if M == 0:
             return x, None, None
-        n, there = is_image.sum() // M, tokens.any(dim=-1)  # placeholders of an image; (M, N), not in an empty tile
+        n = is_image.sum() // M  # placeholders of an image
+        there = tokens.any(dim=-1) | (self.config.vit.max_tiles == 1)  # (M, N), not where a layout lacks a tile
         so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
         starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group

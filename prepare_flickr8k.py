@@ -10,7 +10,8 @@ Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, 
 Writes images.npy (n, 3, size, size) uint8, or (n, max_tiles, 3, size, size) and layouts.npy; captions.json with the
 names, the captions of each photo and the indices of each split, or with the conversations of each split;
 tokenizer.json, a BPE trained on the training texts; and {train,val,test}.npy, the texts as one stream of token ids for
-gpt.py. Captions are stored as the model is to write them, lower case and without a full stop at the end; conversations as they are.
+gpt.py. Captions are stored as the model is to write them, lower case and without a full stop at the end; conversations
+as they are.
 """
 
 import csv
