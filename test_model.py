@@ -1727,7 +1727,8 @@ def test_answers_about_drawn_images_are_right():
                 axis, sign = way in ("left of", "right of"), 1 if way in ("right of", "below") else -1
                 there = [thing for thing in things if sign * (where(thing)[axis] - where(own)[axis]) > 0]
                 assert len(there) < 2
-                assert answer == ("a {size} {colour} {shape}".format(**there[0]) if there else "nothing")
+                what = "a {size} {colour} {shape}".format(**there[0]) if there else "nothing"
+                assert answer == f"{way} the {own['place']}: {what}", (caption, question, answer)
             checked[kind] += 1
     assert all(checked[kind] > 30 for kind in ("count", "exists", "size", "colour", "shape", "place", "relation"))
 

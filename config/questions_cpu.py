@@ -2,7 +2,7 @@
 out_dir = "out/questions"
 dataset = "questions"
 n_drawn = 25000  # groups of conversations about the same images: of 10,000 the model remembers too much
-fusion = "prefix"  # learns to compare images sooner than cross
+fusion = "prefix"  # cross has not been measured with these settings; with earlier ones they were level
 connector = "pixel_shuffle"  # 9 tokens an image, one for each place: a clip has up to eight images
 align_share = 0.05  # captions first, so that the ViT knows what is there; with 0.09 the end was worse
 train_vit = False  # then it is frozen, and sees each image once

@@ -2,8 +2,8 @@
 Conversations about drawn images, about pairs of them, and about clips in which things move, grow, appear or vanish.
 
 Every question has one right answer in one wording, so that an answer is checked by comparing strings. Where things are
-counted, or something has changed, the answer says first where, and then how many or what: each word is easy once those
-before it stand there (a chain of thought, Wei et al. 2022).
+counted, or something has changed, or one thing is found by another, the answer says first where, and then how many or
+what: each word is easy once those before it stand there (a chain of thought, Wei et al. 2022).
 """
 
 import numpy as np
@@ -122,8 +122,8 @@ def ask(kind, things, rng):
         there = [other for other in things if (grid_place(other) - grid_place(thing)) @ WAYS[way] > 0]
         if who is None or len(there) > 1 or not there and (kind == "follow-up" or rng.random() < 0.7):
             return None  # unclear; or "nothing", which would be the answer too often
+        about, answer = f"{way} {who}", f"{way} the {thing.place}: {a(there[0].words()) if there else 'nothing'}"
         thing = there[0] if there else thing
-        about, answer = f"{way} {who}", a(thing.words()) if there else "nothing"
     else:  # an attribute
         about, answer = phrase(thing, things, rng, first), getattr(thing, first)
         if about is None:
