@@ -104,17 +104,17 @@ def draw_shapes(n, size, seed):
 
 
 def draw_wide(n, seed):
-    """n PIL images with sides of 1:3 to 3:1, of three to five shapes that are small in them, and a caption of each."""
+    """n PIL images with sides of 1:3 to 3:1, of two to four shapes, and a caption of each."""
     from PIL import Image
     rng, pictures, captions = np.random.default_rng(seed), [], []
     choose = lambda options: options[rng.integers(len(options))]
     for _ in range(n):
-        places = sorted(rng.permutation(len(PLACES))[:rng.integers(3, 6)])
+        places = sorted(rng.permutation(len(PLACES))[:rng.integers(2, 5)])
         things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in places]
         stretch = 3 ** rng.uniform(-0.5, 0.5)  # of the width, and the height is divided by it
         sides = np.array([stretch, 1 / stretch])
         looks = [look_of(thing, rng) for thing in things]
-        looks = [look._replace(middle=look.middle * sides, radius=0.6 * look.radius * sides.min()) for look in looks]
+        looks = [look._replace(middle=look.middle * sides, radius=0.8 * look.radius * sides.min()) for look in looks]
         pictures.append(Image.fromarray(draw(looks, background(rng), 96, sides).transpose(1, 2, 0)))
         captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
     return pictures, captions
