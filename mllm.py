@@ -78,7 +78,7 @@ vit_head = 4  # its attention heads
 vit_embd = 128  # its channels
 stem = "conv"  # or patch: one linear layer per patch
 across_layer = 0  # with tiles: further blocks in which all tiles of an image attend to each other
-keep_blocks = ""  # such as 0,1: the outputs of these blocks of the ViT go to the connector too
+keep_blocks = ()  # the outputs of these blocks of the ViT go to the connector too, such as (0, 1)
 gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
@@ -484,8 +484,7 @@ def build_model(tokenizer, max_images):
     if vit_ckpt:
         vit = load_clip_vit(vit_ckpt) if is_pretrained(vit_ckpt) else config.load(vit_ckpt, "vit")
         vit_config = dataclasses.replace(ViTConfig(**vit["config"].get("vit", vit["config"])), dropout=dropout)
-    vit_config = dataclasses.replace(vit_config, max_tiles=max_tiles, across_layer=across_layer,
-                                     keep=tuple(int(i) for i in keep_blocks.split(",") if i))
+    vit_config = dataclasses.replace(vit_config, max_tiles=max_tiles, across_layer=across_layer, keep=keep_blocks)
     if gpt_ckpt:
         gpt = load_gpt2(gpt_ckpt) if is_pretrained(gpt_ckpt) else config.load(gpt_ckpt, "gpt")
         if gpt["tokenizer"] != tokenizer.state():

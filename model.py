@@ -644,7 +644,11 @@ class ViTConfig:
     last_norm: bool = True  # a norm after the last block
     max_tiles: int = 1  # above 1, an image is up to so many tiles of image_size; see TileEmbedding
     across_layer: int = 0  # further blocks, in which the patches of all tiles of an image attend to each other
-    keep: tuple = ()  # numbers of blocks whose outputs stand beside the last in features()
+    keep: tuple = ()  # numbers of blocks, from 0, whose outputs stand beside the last in features()
+
+    def __post_init__(self):
+        if not set(self.keep) <= set(range(self.n_layer)):
+            raise SettingError(f"blocks {list(self.keep)} of a ViT whose blocks are 0 to {self.n_layer - 1}")
 
     @property
     def n_features(self):

@@ -1393,7 +1393,7 @@ def write_pretrained(folder):
             ("ln_1", "norm1"), ("attn.c_attn", "attn.qkv"), ("attn.c_proj", "attn.proj"), ("ln_2", "norm2"),
             ("mlp.c_fc", "ff.up"), ("mlp.c_proj", "ff.proj"))):
         weight, bias = (own[f"decoder.blocks.{i}.{new}.{kind}"] for kind in ("weight", "bias"))
-        theirs |= {f"h.{i}.{old}.weight": weight.T, f"h.{i}.{old}.bias": bias}
+        theirs |= {f"h.{i}.{old}.weight": weight.t(), f"h.{i}.{old}.bias": bias}
     Path(folder, "gpt2").mkdir(parents=True)
     write_safetensors(Path(folder, "gpt2", "model.safetensors"), theirs)
     characters = [chr(b) for b in GPT2Tokenizer.printable] + [chr(256 + i) for i in range(68)]
@@ -2421,7 +2421,7 @@ def likely_tokens(logits, temperature=1.0, *_):
 def test_scenes_on_tiles_are_learnt_and_asked():
     with in_new_folder():
         args = (*(arg for arg in TOY[mllm] if arg.split("=")[0] not in ("--mirror", "--crop", "--jitter")),
-                "--dataset=wide", "--fusion=cross", "--max_tokens=80", "--keep_blocks=0", "--across_layer=1")
+                "--dataset=wide", "--fusion=cross", "--max_tokens=80", "--keep_blocks=0,", "--across_layer=1")
         printed = run(mllm, *args, "--max_tiles=4")
         assert "36 image tokens each" in printed and Path("out/mllm/captions.png").is_file()
         assert "right" in run(mllm, *args, "--eval_only=True")
