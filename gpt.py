@@ -47,8 +47,8 @@ activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
 positions = "rotary"  # or learned, sinusoidal
 tie_weights = True  # one matrix embeds the tokens and scores them
-n_experts = 0  # feed-forward layers in each block, of which a token passes through some; 0: one, and all do
-experts_per_token = 2  # how many it passes through, as a router chooses
+n_experts = 0  # feed-forward layers in each block, a mixture of experts; 0: one dense layer
+experts_per_token = 2  # how many of them a token passes through, as a router chooses
 balance_weight = 0.01  # of the loss that spreads the tokens over the experts (Switch Transformer)
 # optimization
 max_steps = 5000  # 0: max_minutes alone decides
@@ -133,6 +133,8 @@ def main(argv=None):
     if prompt or eval_only:  # use a trained model
         checkpoint = config.load(out / "best.pt", "gpt")
         model_config, tokenizer = GPTConfig(**checkpoint["config"]), tokenizer_from_state(checkpoint["tokenizer"])
+        if yarn > 1 and not context or context and model_config.positions == "learned":
+            config.fail("context is for positions that are not learned, and yarn for a longer context: give both")
         model = GPT(dataclasses.replace(model_config, block_size=context or model_config.block_size, yarn=yarn,
                                         trained_len=model_config.block_size))
         model.load_state_dict(checkpoint["model"])

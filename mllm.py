@@ -57,7 +57,7 @@ seed = 1337  # of everything random: weights, batches, dropout, samples
 dataset = "shapes"  # drawn here, as are questions and wide; or a folder under data/ of prepare_flickr8k.py: flickr8k
 n_drawn = 10000  # images, or groups of them, to draw; a twentieth, at most 500, to validate and as many to test
 image_size = 48  # pixels a side that the model sees
-max_tiles = 1  # above 1, at most 4: images keep their proportions, on up to so many tiles of that size; fusion=cross
+max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles of that size; needs fusion=cross
 crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
 mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
@@ -78,14 +78,14 @@ vit_head = 4  # its attention heads
 vit_embd = 128  # its channels
 stem = "conv"  # or patch: one linear layer per patch
 across_layer = 0  # with tiles: further blocks in which all tiles of an image attend to each other
-keep_blocks = ()  # the outputs of these blocks of the ViT go to the connector too, such as (0, 1)
+keep_blocks = ()  # the outputs of these blocks of the ViT go to the connector too, such as 0,1 (or 0, for one)
 gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
 gpt_norm = "layer"  # or rms
 gpt_activation = "gelu"  # relu, gelu or swiglu
-n_experts = 0  # feed-forward layers in each of its blocks, of which a token passes through some; 0: one, and all do
-experts_per_token = 2  # how many it passes through
+n_experts = 0  # feed-forward layers in each of its blocks, a mixture of experts; 0: one dense layer
+experts_per_token = 2  # how many of them a token passes through
 dropout = 0.0  # in the ViT and the GPT
 label_smoothing = 0.0  # share of the target that is spread over all words, in the training loss alone
 # optimization
@@ -163,7 +163,8 @@ def load_samples(dataset, image_size, n_drawn, max_tiles=1):
     images = torch.as_tensor(images)
     layouts = torch.zeros(len(images), dtype=torch.long) if layouts is None else torch.as_tensor(layouts)
     if images[:1].shape[1:-3].numel() != max_tiles:
-        config.fail(f"max_tiles={max_tiles}: the images of {dataset} have {images[:1].shape[1:-3].numel()}")
+        config.fail(f"{dataset} has images of {images[:1].shape[1:-3].numel()} tiles, not max_tiles={max_tiles}; tiles "
+                    "are drawn with dataset=wide, and packed by prepare_flickr8k.py with the same --max_tiles")
     asks = any(any(texts_of([sample])[::2]) for group in splits["train"] for sample in group)
     return {"images": images, "layouts": layouts, "names": names, "drawn": drawn, "asks": asks, "tokenizer": tokenizer,
             "splits": splits}
@@ -307,7 +308,7 @@ def encode_images(model, images, layouts, batch_size=250):
 
 @torch.no_grad()
 def frozen_features(model, images, layouts, batch_size=250):
-    """The same of the ViT, (M, N, C), on the CPU: a frozen ViT sees an image once, not in each epoch."""
+    """The features of the ViT, (M, N, C), on the CPU: a frozen ViT sees an image once, not in each epoch."""
     dev = config.device_of(model)
     with evaluating(model), config.autocast(model):
         return torch.cat([model.vit.features(some.to(dev), their.to(dev)).to(config.number_type(model)).cpu()
@@ -336,7 +337,8 @@ def prompts_by_length(model, data, samples, batch_size=250):
 def answer_batches(model, data, samples, **decoding):
     """What the model says next in each sample's conversation, greedy unless decoding (what MLLM.generate() takes) says
     otherwise. Yields the numbers of some samples, the tokens of their images, their prompts' ids, and the ids that the
-    model wrote. data: at least images, an (n, 3, H, W) tensor that the samples index, and the tokenizer."""
+    model wrote. data: at least images, an (n, 3, H, W) tensor that the samples index, or tiles; their layouts; and the
+    tokenizer."""
     numbers = sorted({i for sample in samples for i in sample["images"]})
     tokens = encode_images(model, data["images"][numbers], data["layouts"][numbers])
     where = {number: i for i, number in enumerate(numbers)}
@@ -496,7 +498,7 @@ def build_model(tokenizer, max_images):
     room = dataclasses.replace(gpt_config, block_size=max_images * sizes.n_placeholders(image_size) + max_tokens)
     if gpt_config.positions == "learned" and room.block_size > gpt_config.block_size:
         config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; {max_images} images and "
-                    f"max_tokens take {room.block_size}")
+                    f"max_tokens together need {room.block_size}")
     model = MLLM(dataclasses.replace(sizes, gpt=room))
     if vit_ckpt:  # of a classifier, or the ViT of CLIP; without its pooling and output layer
         prefix = "vit." if "vit" in vit["config"] else ""
@@ -658,7 +660,7 @@ def print_baselines(model, data, split):
     captions, others = {"people": [texts[p][0] for p in photos]}, [texts[p][1:] for p in photos]
     if not all(others):
         config.fail("to compare people with each other takes two captions of each photo")
-    captions["nearest training photos"] = nearest_captions(data["images"], texts, train, photos)
+    captions["nearest training photos"] = nearest_captions(data["images"].flatten(1, -3), texts, train, photos)
     if model:
         captions["this model, greedy"] = evaluate(model, data, split)[1]
     print(f"{split:<24}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
@@ -701,7 +703,7 @@ def train(model, data, phase, settings, resumed, before):
     end = align_share if phase == "align" else 1.0  # the share of the run at which the phase ends
     run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before)
     run_model = config.maybe_compile(model, compile)
-    if phase == "sft" and not train_vit and crop == 1 and not jitter and not mirror:
+    if phase == "sft" and not train_vit and crop == 1 and not jitter and not mirror and max_tiles == 1:
         data["features"] = frozen_features(model, data["images"], data["layouts"])
 
     while True:
@@ -755,10 +757,10 @@ def main(argv=None):
     data = load_samples(dataset, image_size, n_drawn, max_tiles)
     if max_tiles > 1 and (crop < 1 or jitter or mirror):
         config.fail("tiles are not augmented: with max_tiles above 1, crop is 1, jitter 0 and mirror False")
-    if is_pretrained(gpt_ckpt):
-        data["tokenizer"] = gpt2_tokenizer(gpt_ckpt)
     if baselines:
         return print_baselines(None, data, eval_split)
+    if is_pretrained(gpt_ckpt):
+        data["tokenizer"] = gpt2_tokenizer(gpt_ckpt)
 
     dev, resumed = config.pick_device(device), config.resume("mllm", settings, tokenizer=data["tokenizer"].state())
     torch.manual_seed(seed)

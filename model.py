@@ -172,8 +172,8 @@ class BPETokenizer:
 
 
 class GPT2Tokenizer(BPETokenizer):
-    """The tokenizer of GPT-2 with its ids: the bytes, those that print first; the merges that OpenAI learnt; the end of
-    a text; after these our pad, bos and eos."""
+    """The tokenizer of GPT-2 with its ids: the 256 bytes, printable ones first; the merges that OpenAI learnt;
+    <|endoftext|>; after these our pad, bos and eos."""
 
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     byte_ids = [i for _, i in sorted((b, i) for i, b in enumerate([*printable, *sorted({*range(256)} - {*printable})]))]
@@ -262,7 +262,7 @@ class RotaryEmbedding(nn.Module):
         """yarn: factor by which the context of a model that was trained with trained_len positions (0: max_len) is
         stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned 32 times or more in
         trained_len keeps its frequency; one that turned once or less is divided by the factor, so that it meets no new
-        angle; a ramp in between. Queries and keys grow by 0.1 ln(yarn) + 1: a sharper softmax over more keys."""
+        angle; a ramp in between. Queries and keys are scaled by 0.1 ln(yarn) + 1: a sharper softmax over more keys."""
         super().__init__()
         if head_dim % 2:
             raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
@@ -409,7 +409,7 @@ def gelu_tanh(x):
 
 
 def quick_gelu(x):
-    """The coarser one that CLIP was trained with (the same section)."""
+    """The coarser approximation of GELU that CLIP was trained with (the same section)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -437,9 +437,10 @@ class MixtureOfExperts(nn.Module):
     prefers (Shazeer et al. 2017). Their outputs are weighted by the router's probabilities, of sum 1; with k = 1 by the
     probability itself, or the router would get no gradient from the loss.
 
-    In training, load (n_experts,) is then the share of the choices that fell on each expert, and balance the
-    load-balancing loss of the Switch Transformer (Fedus et al. 2022, equation 4): n_experts times the sum of load times
-    mean probability, 1 where the tokens are spread evenly."""
+    In training, load (n_experts,) is the share of the choices that fell on each expert, and balance the load-balancing
+    loss of the Switch Transformer (Fedus et al. 2022, equation 4): n_experts times the sum of load times mean
+    probability, 1 where the tokens are spread evenly. Both are of one forward pass, padding included: with accumulation
+    or several processes, each part is balanced by itself."""
 
     def __init__(self, n_embd, n_experts, k, **feed_forward):
         super().__init__()
@@ -566,7 +567,7 @@ class TransformerEncoder(nn.Module):
         self.norm = make_norm(norm, n_embd)
 
     def forward(self, x, mask=None, keep=()):
-        """keep: numbers of blocks whose outputs are wanted too, beside the last: (B, T, C * (1 + len(keep)))."""
+        """keep: indices of blocks whose outputs are wanted too, beside the last: (B, T, C * (1 + len(keep)))."""
         kept = []
         for i, block in enumerate(self.blocks):
             x = block(x, mask)
@@ -644,11 +645,11 @@ class ViTConfig:
     last_norm: bool = True  # a norm after the last block
     max_tiles: int = 1  # above 1, an image is up to so many tiles of image_size; see TileEmbedding
     across_layer: int = 0  # further blocks, in which the patches of all tiles of an image attend to each other
-    keep: tuple = ()  # numbers of blocks, from 0, whose outputs stand beside the last in features()
+    keep: tuple = ()  # indices of blocks whose outputs stand beside the last in features()
 
     def __post_init__(self):
-        if not set(self.keep) <= set(range(self.n_layer)):
-            raise SettingError(f"blocks {list(self.keep)} of a ViT whose blocks are 0 to {self.n_layer - 1}")
+        if list(self.keep) != [i for i in range(self.n_layer) if i in self.keep]:
+            raise SettingError(f"keep={self.keep} are not some of the blocks 0 to {self.n_layer - 1}, in order")
 
     @property
     def n_features(self):
@@ -690,13 +691,14 @@ LAYOUTS = [(rows, columns) for rows in range(1, 5) for columns in range(1, 5) if
 
 
 def best_layout(width, height, max_tiles):
-    """The number in LAYOUTS of the grid of square tiles on which an image is laid: of those with max_tiles at most the
+    """The index in LAYOUTS of the grid of square tiles on which an image is laid: of those with max_tiles at most the
     one on which it is reduced least; of several of these the one that is padded least, and then the smallest. The side
     of a tile is 1, and width and height are in tiles."""
     def cost(layout):
         rows, columns = LAYOUTS[layout]
         scale = min(columns / width, rows / height)  # the image then fits
-        return max(0.0, 1 - scale), rows * columns - scale ** 2 * width * height, rows * columns
+        padding = rows * columns - scale ** 2 * width * height
+        return max(0.0, 1 - scale), round(padding, 6), rows * columns
     return min((i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles), key=cost)
 
 
@@ -787,8 +789,8 @@ class ViT(nn.Module):
         if not tiled:
             return x
         (M, T), N = images.shape[:2], x.size(1)
-        x, kept = x.view(M, T * N, -1).split((c.n_embd, c.n_features - c.n_embd), dim=-1)
-        x = self.tiles_after(x.view(M, T, N, -1), layouts).flatten(1, 2)  # (M, T * N, C)
+        x, kept = x.view(M, T * N, c.n_features).split((c.n_embd, c.n_features - c.n_embd), dim=-1)
+        x = self.tiles_after(x.view(M, T, N, c.n_embd), layouts).flatten(1, 2)  # (M, T * N, C)
         n_tiles = torch.tensor([rows * columns for rows, columns in LAYOUTS], device=x.device)[layouts]  # (M,)
         seen = torch.arange(T * N, device=x.device) < N * n_tiles[:, None]  # (M, T * N)
         for block in self.across:
@@ -887,7 +889,7 @@ class GPT(nn.Module):
         return self.config.balance_weight * sum(each.balance for each in experts) / max(1, len(experts))
 
     def expert_loads(self):
-        """The load of expert j of block i in the last step of training, as columns of a log: {"load_i_j": share}."""
+        """The load of expert j of block i in the last forward pass of training: {"load_i_j": share}, for a log."""
         blocks = self.decoder.blocks if self.config.n_experts else []
         return {f"load_{i}_{j}": share for i, block in enumerate(blocks) if block.ff.load is not None
                 for j, share in enumerate(block.ff.load.tolist())}
@@ -1083,7 +1085,7 @@ class MLLM(nn.Module):
       word attends to the images that stand last before it; images that stand side by side count together.
     Of images that stand side by side each is told its place, and at each of its tokens what differs from the image
     before it (as between the frames of a video, Wang et al. 2021): to compare images is hard to learn otherwise.
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode().
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), as tiles always are.
     Several texts about the same images may stand in one row, after the images, which are read once: segments (B, T) is
     0 for the images, 1 for the first text, 2 for the second, ..., -1 for padding; a text sees the images and itself."""
 
@@ -1102,7 +1104,10 @@ class MLLM(nn.Module):
     def encode(self, images, layouts=None):
         """(M, 3, H, W) pixels, or (M, T, 3, H, W) tiles with their layouts, or (M, N, n_features) features of the ViT
         -> (M, N, n_embd of the GPT) image tokens; zeros where a layout has no tile."""
-        features, T = images if images.dim() == 3 else self.vit.features(images, layouts), self.config.vit.max_tiles
+        T = self.config.vit.max_tiles
+        if images.dim() != (5 if T > 1 else 4) and images.dim() != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)} for a model of max_tiles={T}")
+        features = images if images.dim() == 3 else self.vit.features(images, layouts)
         if T == 1:
             return self.connector(features)
         tiles = features.unflatten(1, (T, -1))  # (M, T, N, n_features)
@@ -1122,7 +1127,7 @@ class MLLM(nn.Module):
         if M == 0:
             return x, None, None
         n = is_image.sum() // M  # placeholders of an image
-        there = tokens.any(dim=-1) | (self.config.vit.max_tiles == 1)  # (M, N), not where a layout lacks a tile
+        there = tokens.any(dim=-1) | (self.config.vit.max_tiles == 1)  # (M, N), False where a layout lacks a tile
         so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
         starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group

@@ -557,6 +557,7 @@ def test_best_layout_is_the_one_that_reduces_least_and_pads_least():
         right = min(least, key=lambda c: c[1:])[3]
         assert best_layout(width / 1000, height / 1000, 4) == right, (width, height)
         seen[LAYOUTS[right]] += 1
+    assert {best_layout(side / 48, side / 48, 4) for side in range(1, 49)} == {0}  # a small square stays on one tile
     assert len(seen) == 8 and set(LAYOUTS) == set(seen) and best_layout(9, 3, 1) == LAYOUTS.index((1, 1))
     assert [LAYOUTS[best_layout(w, h, 4)] for w, h in ((9, 3), (3, 9), (9, 9), (1, 1), (9, 1), (5, 3))] == [
         (1, 3), (3, 1), (2, 2), (1, 1), (1, 4), (2, 2)]
@@ -2428,9 +2429,10 @@ def test_scenes_on_tiles_are_learnt_and_asked():
         Image.new("RGB", (90, 30)).save("wide.png")
         assert "wide.png: " in run(mllm, *args, "--image=wide.png") and Path("out/mllm/captioned.png").is_file()
         assert "after" in run(scst, *TOY[scst], "--init_from=sft")
+        raises(SystemExit, "not some of the blocks 0 to 0", run, mllm, *args, "--max_tiles=4", "--keep_blocks=0,0")
         raises(SystemExit, "tiles are not augmented", run, mllm, *TOY[mllm], "--dataset=wide", "--max_tiles=4")
         raises(SystemExit, "takes cross-attention", run, mllm, *args, "--max_tiles=4", "--fusion=prefix")
-        raises(SystemExit, "max_tiles=4: the images of shapes", run, mllm, *args, "--max_tiles=4", "--dataset=shapes")
+        raises(SystemExit, "shapes has images of 1 tiles", run, mllm, *args, "--max_tiles=4", "--dataset=shapes")
         make_captioned_folder("mine", 24)
         run(prepare_flickr8k, "--source=mine", "--out_dir=data/mine", "--size=24", "--max_tiles=4", "--vocab_size=300")
         assert np.load("data/mine/images.npy").shape == (24, 4, 3, 24, 24)

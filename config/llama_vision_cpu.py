@@ -1,5 +1,5 @@
 """Drawn scenes of any proportions, on tiles as in Llama 3.2 Vision, on two CPU cores: five minutes of training.
-It has only been started."""
+@LL@"""
 out_dir = "out/llama_vision_cpu"
 dataset = "wide"
 max_tiles = 4

@@ -1,5 +1,5 @@
 """Drawn shapes with the parts of MiniMind-V, on two CPU cores: two minutes of training, no download.
-It has only been started."""
+@MM@"""
 out_dir = "out/minimind_v_cpu"
 fusion = "prefix"  # image tokens stand before the words
 connector = "mlp"

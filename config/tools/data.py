@@ -24,7 +24,7 @@ def to_pixels(image, size):
 
 
 def to_tiles(image, size, max_tiles):
-    """A PIL image as (max_tiles, 3, size, size) uint8 and the number of its layout (see model.best_layout()): it keeps
+    """A PIL image as (max_tiles, 3, size, size) uint8 and the index of its layout (see model.best_layout()): it keeps
     its proportions, is resized to fit the grid of tiles, and padded with black on the right or below."""
     image = ImageOps.exif_transpose(image).convert("RGB")
     layout = best_layout(image.width / size, image.height / size, max_tiles)
@@ -50,11 +50,14 @@ def join_tiles(tiles, layout):
 def to_images(pictures, size, max_tiles=1):
     """PIL images -> (n, 3, size, size) uint8, squeezed to squares, or with max_tiles > 1 (n, max_tiles, 3, size, size)
     tiles; and their layouts, (n,)."""
-    if max_tiles == 1:
-        images = [to_pixels(picture, size) for picture in pictures] or [torch.zeros(3, size, size)]
-        return torch.stack(images)[:len(pictures)], torch.zeros(len(pictures), dtype=torch.long)
-    tiles, layouts = zip(*(to_tiles(picture, size, max_tiles) for picture in pictures))
-    return torch.stack(tiles), torch.tensor(layouts)
+    n, layouts = len(pictures), torch.zeros(len(pictures), dtype=torch.long)
+    images = torch.empty(n, *[max_tiles] * (max_tiles > 1), 3, size, size, dtype=torch.uint8)
+    for i, picture in enumerate(pictures):
+        if max_tiles > 1:
+            images[i], layouts[i] = to_tiles(picture, size, max_tiles)
+        else:
+            images[i] = to_pixels(picture, size)
+    return images, layouts
 
 
 def middle_frames(frames, n):
@@ -238,7 +241,7 @@ def load_photos(dataset, image_size):
                             for name in ("images.npy", "captions.json", "tokenizer.json"))
     if images.shape[-1] != image_size:
         fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
-             f"run {prepare} --size={image_size}")
+             f"run {prepare} --size={image_size}" + f" --max_tiles={images.shape[1]}" * (images.ndim == 5))
     layouts = load_data(f"data/{dataset}/layouts.npy", prepare) if images.ndim == 5 else np.zeros(len(images), np.int64)
     return np.array(images), np.array(layouts), table, tokenizer_from_state(state)
 

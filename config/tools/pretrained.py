@@ -1,5 +1,5 @@
 """
-Weights of others, in the layout of the Hugging Face hub: GPT-2 and the vision tower of CLIP.
+Pretrained weights, in the layout of the Hugging Face hub: GPT-2 and the vision tower of CLIP.
 
 A file, or a folder with model.safetensors or pytorch_model.bin, for GPT-2 with vocab.json and merges.txt beside it; or
 the name of one on the hub, which is downloaded once into data/pretrained/.
@@ -7,7 +7,9 @@ the name of one on the hub, which is downloaded once into data/pretrained/.
 
 import json
 import math
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 def read_safetensors(path):
     """{name: tensor} of a *.safetensors, mapped into memory: 8 bytes hold the length of a JSON header, in which each
-    tensor has its type, shape and place in the bytes that follow. ValueError where the header is not true."""
+    tensor has its type, shape and place in the bytes that follow. ValueError where the header is inconsistent."""
     data = np.memmap(path, dtype=np.uint8, mode="c")  # copied where written to, so that torch does not warn
     n = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or n > len(data) - 8:
@@ -65,6 +67,8 @@ def files_of(where):
     path = Path(where)
     if where in HUB and not path.exists():
         path = Path("data/pretrained", where)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not all((path / name).exists() for name in HUB[where]):
+            fail(f"{where} is not downloaded yet: start one process first, without torchrun")
         for name in HUB[where]:
             download(path / name, [f"https://huggingface.co/{where}/resolve/main/{name}"])
     if path.is_dir():
@@ -82,7 +86,7 @@ def read_weights(path):
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
             raise ValueError("it is no state dict, names with tensors")
         return weights
@@ -113,21 +117,22 @@ def read_gpt2_tokenizer(folder):
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         merges = [(ids[left], ids[right]) for left, right in pairs]
-        right = all(ids[left + right] == 256 + i for i, (left, right) in enumerate(pairs))
+        in_order = all(ids[left + right] == 256 + i for i, (left, right) in enumerate(pairs))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"{folder}: vocab.json and merges.txt are not GPT-2's ({type(e).__name__}: {e})")
-    if not right or any(not 0 <= i < 256 + k for k, pair in enumerate(merges) for i in pair):
+    if not in_order or any(not 0 <= i < 256 + k for k, pair in enumerate(merges) for i in pair):
         fail(f"{folder}: vocab.json and merges.txt do not number the merges alike")
     return GPT2Tokenizer(merges)
 
 
 def gpt2_tokenizer(where):
-    """The tokenizer alone."""
+    """The tokenizer of GPT-2, of its name on the hub, its folder, or its file of weights."""
     return read_gpt2_tokenizer(files_of(where)[1])
 
 
 def load_gpt2(where):
-    """What gpt.py saves, of GPT-2's weights: config, model, tokenizer, step. Our three special ids come last."""
+    """GPT-2's weights as a checkpoint of gpt.py: config, model, tokenizer, step. Our three special ids come last. Heads
+    have 64 channels, as in all of OpenAI's models."""
     path, folder = files_of(where)
     weights, tokenizer = read_weights(path), read_gpt2_tokenizer(folder)
     weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
@@ -143,6 +148,8 @@ def load_gpt2(where):
         if re.search(r"(qkv|proj|up)\.weight", name):
             model[name] = w.T.contiguous()  # GPT-2's layers multiply from the other side
     (n_vocab, n_embd), block_size = model["embedding.weight"].shape, len(model["position.positions"])
+    if n_embd % 64:
+        fail(f"{path} has {n_embd} channels, not heads of 64: it is none of OpenAI's GPT-2")
     if n_vocab != tokenizer.vocab_size - 3:
         fail(f"{path} has {n_vocab} embeddings, and the tokenizer beside it {tokenizer.vocab_size - 3} ids")
     new = model["embedding.weight"].mean(dim=0, keepdim=True) + 0.02 * torch.randn(3, n_embd)
@@ -154,8 +161,8 @@ def load_gpt2(where):
 
 
 def load_clip_vit(where):
-    """What vit.py saves, of the vision tower of a CLIP ViT: config, model, step. Its features are the patch tokens of
-    the last block, without the norm that CLIP has for the class token alone."""
+    """The vision tower of OpenAI's CLIP ViT-B or L as a checkpoint of vit.py: config, model, step. Its features are the
+    patch tokens of the last block, without the norm that CLIP has for the class token alone."""
     path, _ = files_of(where)
     weights = read_weights(path)
     weights = {name.removeprefix("vision_model."): w for name, w in weights.items() if "text_model." not in name}
@@ -176,6 +183,8 @@ def load_clip_vit(where):
     model["class_token"] = (model["class_token"] + positions[0]).view(1, 1, -1)
     model["position.positions"] = positions[1:]
     n_embd, _, patch_size, _ = model["patches.stem.weight"].shape
+    if n_embd % 64 or n_embd > 1024:  # such as OpenCLIP's ViT-H, which has other heads and plain GELU
+        fail(f"{path} has {n_embd} channels: it is neither OpenAI's CLIP ViT-B nor L")
     mean, std = ([255 * value for value in values] for values in (CLIP_MEAN, CLIP_STD))
     model |= {"patches.stem.bias": torch.zeros(n_embd), "pixel_mean": torch.tensor(mean).view(1, 3, 1, 1),
               "pixel_std": torch.tensor(std).view(1, 3, 1, 1)}

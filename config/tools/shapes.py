@@ -31,7 +31,7 @@ class Thing(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How a thing is drawn: middle (2,) and radius, in shares of the image's side; the colour (3,); the shape."""
+    """How a thing is drawn: middle (2,) and radius, in shares of a square image's side; the colour (3,); the shape."""
     middle: np.ndarray
     radius: float
     fill: np.ndarray
