@@ -458,7 +458,9 @@ class MixtureOfExperts(nn.Module):
         out = torch.zeros_like(tokens)
         for i, expert in enumerate(self.experts):
             rows, rank = (chosen == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of their k
-            out = out.index_add(0, rows, (weights[rows, rank, None] * expert(tokens[rows])).to(out.dtype))
+            padded = F.pad(rows, (0, -len(rows) % 64))  # CPUs prepare a product anew for each new size
+            new = weights[rows, rank, None] * expert(tokens[padded])[:len(rows)]
+            out = out.index_add(0, rows, new.to(out.dtype))
         if self.training:
             self.load = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
             self.balance = n_experts * (self.load * p.mean(dim=0)).sum()
