@@ -114,8 +114,9 @@ def draw_wide(n, seed):
         stretch = 3 ** rng.uniform(-0.5, 0.5)  # of the width, and the height is divided by it
         sides = np.array([stretch, 1 / stretch])
         looks = [look_of(thing, rng) for thing in things]
-        looks = [look._replace(middle=look.middle * sides, radius=0.8 * look.radius * sides.min()) for look in looks]
-        pictures.append(Image.fromarray(draw(looks, background(rng), 96, sides).transpose(1, 2, 0)))
+        looks = [look._replace(middle=look.middle * sides, radius=look.radius * sides.min()) for look in looks]
+        ground = tuple(grey + 30 for grey in background(rng))  # never as black as what is padded
+        pictures.append(Image.fromarray(draw(looks, ground, 96, sides).transpose(1, 2, 0)))
         captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
     return pictures, captions
 
