@@ -104,19 +104,17 @@ def draw_shapes(n, size, seed):
 
 
 def draw_wide(n, seed):
-    """n PIL images with sides of 1:3 to 3:1, of two to four shapes, and a caption of each."""
+    """n PIL images of two to four shapes, wide, square or tall, 1:3 to 3:1, and a caption of each. A shape has 8 to 13
+    pixels in a picture of up to 144 x 48; of that squeezed to 48 x 48, 3 to 4 are left of its width."""
     from PIL import Image
     rng, pictures, captions = np.random.default_rng(seed), [], []
     choose = lambda options: options[rng.integers(len(options))]
     for _ in range(n):
         places = sorted(rng.permutation(len(PLACES))[:rng.integers(2, 5)])
         things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in places]
-        stretch = 3 ** rng.uniform(-0.5, 0.5)  # of the width, and the height is divided by it
-        sides = np.array([stretch, 1 / stretch])
-        looks = [look_of(thing, rng) for thing in things]
-        looks = [look._replace(middle=look.middle * sides, radius=look.radius * sides.min()) for look in looks]
-        ground = tuple(grey + 30 for grey in background(rng))  # never as black as what is padded
-        pictures.append(Image.fromarray(draw(looks, ground, 96, sides).transpose(1, 2, 0)))
+        sides = np.array(choose([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)]))  # in squares of 48 pixels
+        looks = [look._replace(middle=look.middle * sides) for look in (look_of(thing, rng) for thing in things)]
+        pictures.append(Image.fromarray(draw(looks, background(rng), 48, sides).transpose(1, 2, 0)))
         captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
     return pictures, captions
 
