@@ -2,11 +2,12 @@
 @LL@"""
 out_dir = "out/llama_vision_cpu"
 dataset = "wide"
+n_drawn = 20000
 max_tiles = 4
 across_layer = 1
 keep_blocks = (1,)  # intermediate features
 fusion = "cross"
-connector = "pixel_shuffle"
+image_size = 32  # of a tile: 4 x 4 patches
 max_tokens = 80
 max_minutes = 5.0
 eval_interval = 400

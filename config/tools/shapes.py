@@ -104,17 +104,18 @@ def draw_shapes(n, size, seed):
 
 
 def draw_wide(n, seed):
-    """n PIL images of two to four shapes, wide, square or tall, 1:3 to 3:1, and a caption of each. A shape has 8 to 13
-    pixels in a picture of up to 144 x 48; of that squeezed to 48 x 48, 3 to 4 are left of its width."""
+    """n PIL images of two to four shapes, wide, square or tall, 3:1 to 1:3, and a caption of each. A shape is 6 to 10
+    pixels wide in a picture of, say, 96 x 32, and 2 to 3 when that is squeezed to 32 x 32."""
     from PIL import Image
     rng, pictures, captions = np.random.default_rng(seed), [], []
     choose = lambda options: options[rng.integers(len(options))]
     for _ in range(n):
         places = sorted(rng.permutation(len(PLACES))[:rng.integers(2, 5)])
         things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in places]
-        sides = np.array(choose([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)]))  # in squares of 48 pixels
-        looks = [look._replace(middle=look.middle * sides) for look in (look_of(thing, rng) for thing in things)]
-        pictures.append(Image.fromarray(draw(looks, background(rng), 48, sides).transpose(1, 2, 0)))
+        sides = np.array(choose([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)]))  # in squares of 32 pixels
+        looks = [look_of(thing, rng) for thing in things]
+        looks = [look._replace(middle=look.middle * sides, radius=1.15 * look.radius) for look in looks]
+        pictures.append(Image.fromarray(draw(looks, background(rng), 32, sides).transpose(1, 2, 0)))
         captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
     return pictures, captions
 
