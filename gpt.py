@@ -3,12 +3,14 @@ Stage 2: a GPT learns Tiny Shakespeare character by character, or the language o
 
     python prepare_shakespeare.py && python gpt.py config/shakespeare_cpu.py
     python gpt.py config/shakespeare_cpu.py --prompt="ROMEO:"
+    python gpt.py config/shakespeare_cpu.py --eval_only=True --context=256 --yarn=4    four times the context, untrained
     python prepare_flickr8k.py && python gpt.py config/captions_cpu.py      the language model that mllm.py starts from
 
 Expect a validation loss of 1.48 from config/shakespeare_cpu.py: 6 minutes on two CPU cores with AVX512-BF16 (one seed).
 A run writes log.csv, loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -25,6 +27,8 @@ out_dir = "out/shakespeare"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
+context = 0  # with eval_only and prompt: tokens that the model reads at once; 0: as many as in training
+yarn = 1.0  # with context: context over block_size of the training, so that rotary positions reach as far (YaRN)
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
 compile = False  # torch.compile: a minute at the start, faster steps on a GPU
@@ -43,6 +47,9 @@ activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
 positions = "rotary"  # or learned, sinusoidal
 tie_weights = True  # one matrix embeds the tokens and scores them
+n_experts = 0  # feed-forward layers in each block, a mixture of experts; 0: one dense layer
+experts_per_token = 2  # how many of them a token passes through, as a router chooses
+balance_weight = 0.01  # of the loss that spreads the tokens over the experts (Switch Transformer)
 # optimization
 max_steps = 5000  # 0: max_minutes alone decides
 max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
@@ -125,7 +132,11 @@ def main(argv=None):
 
     if prompt or eval_only:  # use a trained model
         checkpoint = config.load(out / "best.pt", "gpt")
-        model, tokenizer = GPT(GPTConfig(**checkpoint["config"])), tokenizer_from_state(checkpoint["tokenizer"])
+        model_config, tokenizer = GPTConfig(**checkpoint["config"]), tokenizer_from_state(checkpoint["tokenizer"])
+        if yarn > 1 and not context or context and model_config.positions == "learned":
+            config.fail("context is for positions that are not learned, and yarn for a longer context: give both")
+        model = GPT(dataclasses.replace(model_config, block_size=context or model_config.block_size, yarn=yarn,
+                                        trained_len=model_config.block_size))
         model.load_state_dict(checkpoint["model"])
         model = config.place(model, dev, dtype)
         if eval_only:
@@ -150,7 +161,8 @@ def main(argv=None):
     resumed = config.resume("gpt", settings, tokenizer=state)
     torch.manual_seed(seed)
     model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
-                             positions, tie_weights=tie_weights)
+                             positions, tie_weights=tie_weights, n_experts=n_experts,
+                             experts_per_token=experts_per_token, balance_weight=balance_weight)
     model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
@@ -171,7 +183,9 @@ def main(argv=None):
         if run.due():
             with run.paused():
                 val = evaluate(model, val_ids, batch_size)
-                run.log({"val": val}, factor * adam_lr, batch_size * block_size, "tok")
+                loads = model.expert_loads()
+                brief = {"load": f"{min(loads.values()):.2f} to {max(loads.values()):.2f}"} if loads else {}
+                run.log({"val": val} | brief, factor * adam_lr, batch_size * block_size, "tok", file_only=loads)
                 run.save(-val, tokenizer=state, samples=samples)
         if progress == 1:
             break

@@ -22,6 +22,7 @@ and last.pt.
 import contextlib
 import dataclasses
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -29,11 +30,12 @@ import numpy as np
 import torch
 
 import config
-from config.tools.data import augment_photos, load_photos, open_images, to_pixels
+from config.tools.data import augment_photos, join_tiles, load_photos, open_images, to_images
 from config.tools.metrics import bleu, caption_scores, cider, nearest_captions
 from config.tools.pictures import draw_places, plot, save_grid, side_by_side
+from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_clip_vit, load_gpt2
 from config.tools.questions import draw_conversations
-from config.tools.shapes import attributes, draw_shapes
+from config.tools.shapes import attributes, draw_shapes, draw_wide
 from model import IGNORE_INDEX, IMAGE_ID, MLLM, BPETokenizer, Conversation, GPTConfig, MLLMConfig, ViTConfig, \
     evaluating, tokenizer_from_state
 
@@ -52,9 +54,10 @@ dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
 compile = False  # torch.compile: a minute at the start, faster steps on a GPU
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
-dataset = "shapes"  # drawn here, as is questions; or the folder under data/ of prepare_flickr8k.py, such as flickr8k
+dataset = "shapes"  # drawn here, as are questions and wide; or a folder under data/ of prepare_flickr8k.py: flickr8k
 n_drawn = 10000  # images, or groups of them, to draw; a twentieth, at most 500, to validate and as many to test
 image_size = 48  # pixels a side that the model sees
+max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles of that size; needs fusion=cross
 crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
 mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
@@ -64,8 +67,8 @@ accumulation = 1  # parts that a process cuts its share of the batch into: less 
 captions_per_photo = 1  # captions per photo in a step: its image tokens are computed once
 max_tokens = 40  # longest text of a sample with the most images; one that is longer loses its last turns
 # model: a checkpoint brings its own architecture
-vit_ckpt = ""  # checkpoint of stage 1 to start from, a classifier or CLIP; empty: from nothing
-gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; empty: from nothing
+vit_ckpt = ""  # checkpoint of stage 1 to start from, or openai/clip-vit-base-patch16, or a folder of it; empty: nothing
+gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; or gpt2, or a folder of it; empty: nothing
 fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
 connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens
@@ -74,9 +77,15 @@ vit_layer = 3  # blocks of the ViT
 vit_head = 4  # its attention heads
 vit_embd = 128  # its channels
 stem = "conv"  # or patch: one linear layer per patch
+across_layer = 0  # with tiles: further blocks in which all tiles of an image attend to each other
+keep_blocks = ()  # the outputs of these blocks of the ViT go to the connector too, such as 0,1 (or 0, for one)
 gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
+gpt_norm = "layer"  # or rms
+gpt_activation = "gelu"  # relu, gelu or swiglu
+n_experts = 0  # feed-forward layers in each of its blocks, a mixture of experts; 0: one dense layer
+experts_per_token = 2  # how many of them a token passes through
 dropout = 0.0  # in the ViT and the GPT
 label_smoothing = 0.0  # share of the target that is spread over all words, in the training loss alone
 # optimization
@@ -126,30 +135,38 @@ def texts_of(samples):
     return [message["content"].replace("<image>", "") for sample in samples for message in sample["messages"]]
 
 
-def load_samples(dataset, image_size, n_drawn):
-    """{images (n, 3, image_size, image_size) uint8, names: n, drawn: whether they are drawn here, asks: whether users
-    say anything, tokenizer, splits: {train, val, test: groups of samples}}"""
-    drawn = dataset in ("shapes", "questions")
+def load_samples(dataset, image_size, n_drawn, max_tiles=1):
+    """{images (n, 3, image_size, image_size) uint8, or with max_tiles > 1 (n, max_tiles, 3, image_size, image_size);
+    layouts (n,) of their tiles, names: n, drawn: whether they are drawn here, asks: whether users say anything,
+    tokenizer, splits: {train, val, test: groups of samples}}"""
+    drawn, layouts = dataset in ("shapes", "wide", "questions"), None
     if drawn:
-        if dataset == "shapes":
-            images, captions = draw_shapes(n_drawn, image_size, seed=0)
-            groups = [[caption_sample(i, c) for c in each] for i, each in enumerate(captions)]
-        else:
+        if dataset == "questions":
             images, groups = draw_conversations(n_drawn, image_size, seed=0)
+        else:
+            images, captions = draw_shapes(n_drawn, image_size, 0) if dataset == "shapes" else draw_wide(n_drawn, 0)
+            groups = [[caption_sample(i, c) for c in each] for i, each in enumerate(captions)]
+        if dataset == "wide":
+            images, layouts = to_images(images, image_size, max_tiles)
         some, names = min(n_drawn // 20, 500), [f"drawn image {i}" for i in range(len(images))]
         splits = {"train": groups[2 * some:], "val": groups[:some], "test": groups[some:2 * some]}
         texts = (text for group in splits["train"] for text in texts_of(group))
         tokenizer = BPETokenizer.train(texts, 600)  # an id for every word
     else:
-        images, table, tokenizer = load_photos(dataset, image_size)
+        images, layouts, table, tokenizer = load_photos(dataset, image_size)
         names = table["names"]
         if "samples" in table:
             splits = {split: by_images(samples) for split, samples in table["samples"].items()}
         else:
             splits = {split: [[caption_sample(i, c) for c in table["captions"][i]] for i in rows]
                       for split, rows in table["splits"].items()}
+    images = torch.as_tensor(images)
+    layouts = torch.zeros(len(images), dtype=torch.long) if layouts is None else torch.as_tensor(layouts)
+    if images[:1].shape[1:-3].numel() != max_tiles:
+        config.fail(f"{dataset} has images of {images[:1].shape[1:-3].numel()} tiles, not max_tiles={max_tiles}; tiles "
+                    "are drawn with dataset=wide, and packed by prepare_flickr8k.py with the same --max_tiles")
     asks = any(any(texts_of([sample])[::2]) for group in splits["train"] for sample in group)
-    return {"images": torch.from_numpy(images), "names": names, "drawn": drawn, "asks": asks, "tokenizer": tokenizer,
+    return {"images": images, "layouts": layouts, "names": names, "drawn": drawn, "asks": asks, "tokenizer": tokenizer,
             "splits": splits}
 
 
@@ -260,35 +277,42 @@ def collate(model, data, groups):
 
 
 def get_batch(model, data, groups):
-    """collate() for training, on the model's device: augmented images (M, 3, H, W) instead of their numbers, or where
-    data holds frozen_features() those; and hidden words in the inputs. Draws from torch's global generator."""
+    """collate() for training, on the model's device: augmented images (M, 3, H, W) and their layouts instead of their
+    numbers, or where data holds frozen_features() those; hidden words in the inputs. Draws from torch's global
+    generator."""
     dev, tokenizer = config.device_of(model), data["tokenizer"]
     numbers, which, inputs, targets, segments = collate(model, data, groups)
     texts = [texts_of(sample for group in groups for sample in group if i in sample["images"]) for i in numbers]
     if word_dropout:
-        hidden = (torch.rand(inputs.shape) < word_dropout) & (inputs >= tokenizer.n_special)
+        special = torch.tensor([IMAGE_ID, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id])
+        hidden = (torch.rand(inputs.shape) < word_dropout) & ~torch.isin(inputs, special)
         inputs = inputs.masked_fill(hidden, tokenizer.pad_id)
     if "features" in data:
         images = data["features"][numbers].to(dev)
     else:
         images = augment_photos(data["images"][numbers].to(dev), texts, crop, jitter, mirror)
-    return images, *(None if tensor is None else tensor.to(dev) for tensor in (which, inputs, targets, segments))
+    return images, *(None if tensor is None else tensor.to(dev)
+                     for tensor in (data["layouts"][numbers], which, inputs, targets, segments))
 
 
 # evaluation ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def encode_images(model, images, batch_size=250):
-    """(M, 3, H, W) -> (M, N, C) image tokens, on the model's device"""
+def encode_images(model, images, layouts, batch_size=250):
+    """(M, 3, H, W), or tiles with their layouts (M,) -> (M, N, C) image tokens, on the model's device"""
+    dev = config.device_of(model)
     with evaluating(model), config.autocast(model):
-        return torch.cat([model.encode(some.to(config.device_of(model))) for some in images.split(batch_size)])
+        return torch.cat([model.encode(some.to(dev), their.to(dev))
+                          for some, their in zip(images.split(batch_size), layouts.split(batch_size))])
 
 
-def frozen_features(model, images, batch_size=250):
-    """(M, 3, H, W) -> (M, N, C) features of the ViT, on the CPU: a frozen ViT sees an image once, not in each epoch."""
-    with torch.no_grad(), evaluating(model), config.autocast(model):
-        return torch.cat([model.vit.features(some.to(config.device_of(model))).to(config.number_type(model)).cpu()
-                          for some in images.split(batch_size)])
+@torch.no_grad()
+def frozen_features(model, images, layouts, batch_size=250):
+    """The features of the ViT, (M, N, C), on the CPU: a frozen ViT sees an image once, not in each epoch."""
+    dev = config.device_of(model)
+    with evaluating(model), config.autocast(model):
+        return torch.cat([model.vit.features(some.to(dev), their.to(dev)).to(config.number_type(model)).cpu()
+                          for some, their in zip(images.split(batch_size), layouts.split(batch_size))])
 
 
 def prompt_ids(model, data, sample):
@@ -313,9 +337,11 @@ def prompts_by_length(model, data, samples, batch_size=250):
 def answer_batches(model, data, samples, **decoding):
     """What the model says next in each sample's conversation, greedy unless decoding (what MLLM.generate() takes) says
     otherwise. Yields the numbers of some samples, the tokens of their images, their prompts' ids, and the ids that the
-    model wrote. data: at least images, an (n, 3, H, W) tensor that the samples index, and the tokenizer."""
+    model wrote. data: at least images, an (n, 3, H, W) tensor that the samples index, or tiles; their layouts; and the
+    tokenizer."""
     numbers = sorted({i for sample in samples for i in sample["images"]})
-    tokens, where = encode_images(model, data["images"][numbers]), {number: i for i, number in enumerate(numbers)}
+    tokens = encode_images(model, data["images"][numbers], data["layouts"][numbers])
+    where = {number: i for i, number in enumerate(numbers)}
     for rows, prompts, images in prompts_by_length(model, data, samples):
         some = tokens[[where[i] for i in images]]
         with config.autocast(model):
@@ -359,7 +385,8 @@ def validation_loss(model, data, split, batch_size=250):
     with evaluating(model), config.autocast(model):
         for first in range(0, len(samples), batch_size):
             numbers, which, inputs, targets, _ = collate(model, data, samples[first:first + batch_size])
-            _, loss = model(data["images"][numbers][which].to(dev), inputs.to(dev), targets.to(dev))
+            tokens = encode_images(model, data["images"][numbers], data["layouts"][numbers])[which]
+            _, loss = model(tokens, inputs.to(dev), targets.to(dev))
             n = (targets != IGNORE_INDEX).sum().item()
             total, count = total + loss.item() * n, count + n
     return total / count
@@ -443,7 +470,8 @@ def draw_answers(path, data, split, answers, n=12):
         question = prompts[i]["messages"][-1]["content"].replace("<image>", "")
         right = f"\n(right: {references[i][0]})" if i in wrong else ""
         titles.append((f"{question}\n" if question else "") + answers[i] + right)
-    save_grid(path, [side_by_side(data["images"][prompts[i]["images"]]) for i in rows], titles)
+    save_grid(path, [side_by_side([join_tiles(data["images"][j], data["layouts"][j]) for j in prompts[i]["images"]])
+                     for i in rows], titles)
 
 
 # the model -----------------------------------------------------------------------------------------------------------
@@ -452,30 +480,37 @@ def build_model(tokenizer, max_images):
     """A new MLLM for samples of up to max_images images, its ViT and GPT from vit_ckpt and gpt_ckpt where those are
     named; {part: where it came from}."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, dropout=dropout, stem=stem)
-    gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, norm="layer")
+    gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, dropout, gpt_activation, gpt_norm,
+                           n_experts=n_experts, experts_per_token=experts_per_token)
     origin = dict.fromkeys(("vit", "connector", "gpt"), "new")
     if vit_ckpt:
-        vit = config.load(vit_ckpt, "vit")
+        vit = load_clip_vit(vit_ckpt) if is_pretrained(vit_ckpt) else config.load(vit_ckpt, "vit")
         vit_config = dataclasses.replace(ViTConfig(**vit["config"].get("vit", vit["config"])), dropout=dropout)
+    vit_config = dataclasses.replace(vit_config, max_tiles=max_tiles, across_layer=across_layer, keep=keep_blocks)
     if gpt_ckpt:
-        gpt = config.load(gpt_ckpt, "gpt")
+        gpt = load_gpt2(gpt_ckpt) if is_pretrained(gpt_ckpt) else config.load(gpt_ckpt, "gpt")
         if gpt["tokenizer"] != tokenizer.state():
             config.fail(f"{gpt_ckpt} was trained with another tokenizer than data/{dataset} has; train it on that data")
         gpt_config = dataclasses.replace(GPTConfig(**gpt["config"]), dropout=dropout)
-        if gpt_config.positions == "learned":
-            config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; rotary ones do not")
     if fusion == "cross":
         gpt_config = dataclasses.replace(gpt_config, cross_every=cross_every, gated=bool(gpt_ckpt))
-    sizes = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images))
+    sizes = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images), tokenizer.bos_id, tokenizer.eos_id)
     room = dataclasses.replace(gpt_config, block_size=max_images * sizes.n_placeholders(image_size) + max_tokens)
+    if gpt_config.positions == "learned" and room.block_size > gpt_config.block_size:
+        config.fail(f"{gpt_ckpt} has learnt positions, which end at {gpt_config.block_size}; {max_images} images and "
+                    f"max_tokens together need {room.block_size}")
     model = MLLM(dataclasses.replace(sizes, gpt=room))
     if vit_ckpt:  # of a classifier, or the ViT of CLIP; without its pooling and output layer
         prefix = "vit." if "vit" in vit["config"] else ""
         weights = {name.removeprefix(prefix): w for name, w in vit["model"].items() if name.startswith(prefix)}
-        model.vit.load_state_dict({name: w for name, w in weights.items() if not name.startswith(("pool.", "head."))})
+        weights = {name: w for name, w in weights.items() if not name.startswith(("pool.", "head."))}
+        new = {name: w for name, w in model.vit.state_dict().items() if name.startswith(("tiles_", "across."))}
+        model.vit.load_state_dict(new | weights)
         origin["vit"] = f"{vit_ckpt}, step {vit['step']}"
     if gpt_ckpt:
         new = {name: w for name, w in model.gpt.state_dict().items() if ".cross_" in name}  # a text-only GPT has none
+        if gpt_config.positions == "learned":
+            gpt["model"]["position.positions"] = gpt["model"]["position.positions"][:room.block_size]
         model.gpt.load_state_dict(new | gpt["model"])
         origin["gpt"] = f"{gpt_ckpt}, step {gpt['step']}" + (", cross-attention new" if new else "")
     return model, origin
@@ -485,8 +520,8 @@ def freeze(model, phase):
     """Let only those parameters train that the phase trains, and say so."""
     brought = [part for part, checkpoint in (("vit", vit_ckpt), ("gpt", gpt_ckpt)) if checkpoint]
     frozen = brought if phase == "align" else [] if train_vit else ["vit"]
-    for name, p in model.named_parameters():  # cross-attention is new, as the connector is
-        p.requires_grad_(name.split(".")[0] not in frozen or ".cross_" in name)
+    for name, p in model.named_parameters():  # cross-attention and what joins tiles are new, as the connector is
+        p.requires_grad_(name.split(".")[0] not in frozen or bool(re.search(r"\.(cross_|tiles_|across\.)", name)))
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
 
@@ -504,7 +539,7 @@ def load_captioner(path, stage, device, dtype):
 def data_of(model, checkpoint):
     """The data that a captioner was trained on, as of fit(), with the tokenizer of its checkpoint."""
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of this stage
-    data = load_samples(sft["dataset"], sft["image_size"], sft["n_drawn"])
+    data = load_samples(sft["dataset"], sft["image_size"], sft["n_drawn"], sft.get("max_tiles", 1))
     return fit(data | {"tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}, model)
 
 
@@ -539,9 +574,9 @@ def read_inputs(model, checkpoint, settings):
         samples.append({"images": list(range(len(opened), len(opened) + len(some))),
                         "messages": [{"role": "user", "content": text}]})
         opened += some
-    images, pictures = (torch.stack([to_pixels(image, side) for image in opened] or [torch.zeros(3, side, side)])
-                        for side in (size, 256))
-    return {"images": images[:len(opened)], "pictures": pictures, "names": [name for name, _ in sources],
+    images, layouts = to_images(opened, size, model.config.vit.max_tiles)
+    pictures = to_images(opened, 256)[0] if images.dim() == 4 else images  # to draw
+    return {"images": images, "layouts": layouts, "pictures": pictures, "names": [name for name, _ in sources],
             "tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}, samples, broken
 
 
@@ -565,13 +600,14 @@ def answer_files(model, checkpoint, settings):
         for line in lines[i]:
             print(f"{name}: {line}")
     if settings["image"]:
-        strips = [side_by_side(data["pictures"][sample["images"]]) for sample in samples]
+        strips = [side_by_side([join_tiles(data["pictures"][j], data["layouts"][j]) for j in sample["images"]])
+                  for sample in samples]
         asked = [settings["prompt"]] if settings["prompt"] else []
         save_grid(out / "captioned.png", strips, ["\n".join(asked + lines[i]) for i in range(len(samples))])
         print(f"wrote {out / 'captioned.png'}")
     for i, (words, places) in sorted(looks.items()):
         path = out / f"places_{i + 1}_{Path(data['names'][i].split(',')[0]).stem}.png"
-        draw_places(path, data["pictures"][samples[i]["images"]], words, places.float().cpu())
+        draw_places(path, data["pictures"][samples[i]["images"]].flatten(0, -4), words, places.float().cpu())
     if broken:
         config.fail(f"not images that Pillow can read: {', '.join(broken)}")
 
@@ -585,8 +621,9 @@ def talk(model, checkpoint, settings):
         config.fail("a chat is about one image, several (--image=a.png,b.png) or a clip (a folder with --frames=8)")
     dev, tokenizer, block_size = config.device_of(model), data["tokenizer"], model.config.gpt.block_size
     conversation = None
-    images, generator = data["images"].to(dev), torch.Generator(dev).manual_seed(settings["seed"])
+    images, generator = data["images"], torch.Generator(dev).manual_seed(settings["seed"])
     opening = [IMAGE_ID] * (model.config.n_placeholders(images.size(-1)) * len(images))
+    tokens = encode_images(model, images, data["layouts"])
     print("ask; an empty line ends the chat")
     with contextlib.suppress(EOFError), config.autocast(model):
         while text := input("> ").strip():
@@ -598,7 +635,7 @@ def talk(model, checkpoint, settings):
                 print("(the context is full: what was said until here is forgotten)")
                 conversation = None
             if not conversation:
-                conversation, ids = Conversation(model, images), opening + ids
+                conversation, ids = Conversation(model, tokens), opening + ids
             written, shown = [], ""
             for token in conversation.answer(torch.tensor([ids], device=dev), settings["temperature"], generator):
                 written.append(token)
@@ -623,7 +660,7 @@ def print_baselines(model, data, split):
     captions, others = {"people": [texts[p][0] for p in photos]}, [texts[p][1:] for p in photos]
     if not all(others):
         config.fail("to compare people with each other takes two captions of each photo")
-    captions["nearest training photos"] = nearest_captions(data["images"], texts, train, photos)
+    captions["nearest training photos"] = nearest_captions(data["images"].flatten(1, -3), texts, train, photos)
     if model:
         captions["this model, greedy"] = evaluate(model, data, split)[1]
     print(f"{split:<24}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
@@ -666,8 +703,8 @@ def train(model, data, phase, settings, resumed, before):
     end = align_share if phase == "align" else 1.0  # the share of the run at which the phase ends
     run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before)
     run_model = config.maybe_compile(model, compile)
-    if phase == "sft" and not train_vit and crop == 1 and not jitter and not mirror:
-        data["features"] = frozen_features(model, data["images"])
+    if phase == "sft" and not train_vit and crop == 1 and not jitter and not mirror and max_tiles == 1:
+        data["features"] = frozen_features(model, data["images"], data["layouts"])
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -684,7 +721,7 @@ def train(model, data, phase, settings, resumed, before):
                 scores = {f"val_{name}": value for name, value in scores.items()}
                 brief = ("val_cider", "val_bleu4", "val_shuffled", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
-                run.log(numbers, factor * adam_lr, per_step, units, file_only=scores)
+                run.log(numbers, factor * adam_lr, per_step, units, file_only=scores | model.gpt.expert_loads())
                 run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase,
                          asks=data["asks"])
         if progress == 1:
@@ -697,12 +734,12 @@ def train(model, data, phase, settings, resumed, before):
         samples = sorted(config.my_share(samples), key=lambda some: n_ids(model, data, some))  # less padding in a part
         b = len(samples) // accumulation
         parts = [get_batch(model, data, samples[i:i + b]) for i in range(0, len(samples), b)]
-        counts = [(targets != IGNORE_INDEX).sum().item() for _, _, _, targets, _ in parts]
+        counts = [(targets != IGNORE_INDEX).sum().item() for *_, targets, _ in parts]
         n_targets, = config.sum_numbers(sum(counts), device=dev)  # of the whole batch
         loss = 0.0
-        for (images, which, inputs, targets, segments), n in zip(parts, counts):
+        for (images, layouts, which, inputs, targets, segments), n in zip(parts, counts):
             with config.autocast(model):
-                tokens = model.encode(images)[which]  # (n, N, C)
+                tokens = model.encode(images, layouts)[which]  # (n, N, C)
                 _, mean = run_model(tokens, inputs, targets, label_smoothing, segments)
                 part = mean * n / n_targets  # of the batch's loss
             part.backward()
@@ -717,9 +754,13 @@ def main(argv=None):
     settings, out = config.override(globals(), argv), Path(out_dir)
     if image or prompt or chat or eval_only or baselines and (out / "sft.pt").is_file():
         return use(out / "sft.pt", "mllm", settings)
-    data = load_samples(dataset, image_size, n_drawn)
+    data = load_samples(dataset, image_size, n_drawn, max_tiles)
+    if max_tiles > 1 and (crop < 1 or jitter or mirror):
+        config.fail("tiles are not augmented: with max_tiles above 1, crop is 1, jitter 0 and mirror False")
     if baselines:
         return print_baselines(None, data, eval_split)
+    if is_pretrained(gpt_ckpt):
+        data["tokenizer"] = gpt2_tokenizer(gpt_ckpt)
 
     dev, resumed = config.pick_device(device), config.resume("mllm", settings, tokenizer=data["tokenizer"].state())
     torch.manual_seed(seed)

@@ -18,6 +18,8 @@ import contextlib
 import heapq
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -75,15 +77,18 @@ class BPETokenizer:
     them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt."""
 
     pad_id, bos_id, eos_id = range(3)
-    n_special = 3
+    byte_ids = range(3, 3 + 256)  # the id of each byte
+    first_merge = 3 + 256
     # text is cut into words (with the space before them), punctuation and white space; merges stay inside a piece
     pieces = re.compile(r"'(?:s|t|re|ve|m|ll|d)\b| ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")
 
     def __init__(self, merges):
         """merges: [(left id, right id)], in the order in which they were learnt."""
         self.merges = [tuple(pair) for pair in merges]
-        self.ranks = {pair: self.n_special + 256 + i for i, pair in enumerate(self.merges)}  # pair -> id of the pair
-        self.bytes = [b""] * self.n_special + [bytes([b]) for b in range(256)]
+        self.ranks = {pair: self.first_merge + i for i, pair in enumerate(self.merges)}  # pair -> id of the pair
+        self.bytes = [b""] * self.first_merge
+        for b, i in enumerate(self.byte_ids):
+            self.bytes[i] = bytes([b])
         for left, right in self.merges:
             self.bytes.append(self.bytes[left] + self.bytes[right])
         self.vocab_size = len(self.bytes)
@@ -92,10 +97,10 @@ class BPETokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Learn merges from an iterable of str until vocab_size ids exist, or no pair occurs twice."""
-        if vocab_size < cls.n_special + 256:
-            raise SettingError(f"vocab_size must be at least {cls.n_special + 256}: the special ids and every byte")
+        if vocab_size < cls.first_merge:
+            raise SettingError(f"vocab_size must be at least {cls.first_merge}: the special ids and every byte")
         count = Counter(piece for text in texts for piece in cls.pieces.findall(text))
-        words = [([cls.n_special + b for b in piece.encode("utf-8", "surrogatepass")], n) for piece, n in count.items()]
+        words = [(cls.ids_of_bytes(piece), n) for piece, n in count.items()]
         pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
         for w, (ids, n) in enumerate(words):
             for pair in zip(ids, ids[1:]):
@@ -104,7 +109,7 @@ class BPETokenizer:
         heap = [(-n, pair) for pair, n in pairs.items()]
         heapq.heapify(heap)
         merges = []
-        while heap and cls.n_special + 256 + len(merges) < vocab_size:
+        while heap and cls.first_merge + len(merges) < vocab_size:
             n, pair = heapq.heappop(heap)
             if pairs[pair] != -n:  # an outdated entry: the pair's count has changed since, and was pushed again
                 continue
@@ -113,7 +118,7 @@ class BPETokenizer:
             change = defaultdict(int)  # of the pairs' counts by this merge
             for w in where.pop(pair):
                 ids, n = words[w]
-                merged = cls._merge(ids, pair, cls.n_special + 256 + len(merges))
+                merged = cls._merge(ids, pair, cls.first_merge + len(merges))
                 for old in zip(ids, ids[1:]):
                     change[old] -= n
                 for fresh in zip(merged, merged[1:]):
@@ -126,6 +131,10 @@ class BPETokenizer:
                     heapq.heappush(heap, (-pairs[each], each))
             merges.append(pair)
         return cls(merges)
+
+    @classmethod
+    def ids_of_bytes(cls, text):
+        return [cls.byte_ids[b] for b in text.encode("utf-8", "surrogatepass")]
 
     @staticmethod
     def _merge(ids, pair, new):
@@ -143,7 +152,7 @@ class BPETokenizer:
         out, rank = [], lambda pair: self.ranks.get(pair, math.inf)  # the pair learnt first is merged first
         for piece in self.pieces.findall(text):
             if piece not in self.cache:
-                ids = [self.n_special + b for b in piece.encode("utf-8", "surrogatepass")]
+                ids = self.ids_of_bytes(piece)
                 while (best := min(zip(ids, ids[1:]), key=rank, default=None)) in self.ranks:
                     ids = self._merge(ids, best, self.ranks[best])
                 self.cache[piece] = ids
@@ -162,9 +171,33 @@ class BPETokenizer:
         return cls(state["merges"])
 
 
+class GPT2Tokenizer(BPETokenizer):
+    """The tokenizer of GPT-2 with its ids: the 256 bytes, printable ones first; the merges that OpenAI learnt;
+    <|endoftext|>; after these our pad, bos and eos."""
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    byte_ids = [i for _, i in sorted((b, i) for i, b in enumerate([*printable, *sorted({*range(256)} - {*printable})]))]
+    first_merge = 256
+
+    def __init__(self, merges):
+        super().__init__(merges)
+        self.pad_id, self.bos_id, self.eos_id = range(len(self.bytes) + 1, len(self.bytes) + 4)
+        self.bytes += [b""] * 4
+        self.vocab_size = len(self.bytes)
+        # GPT-2 cuts by the Unicode categories L and N. To re, \w is L, N and _; \d is Nd; the rest of N is Nl and No
+        n = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
+        s = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # white space; re's \s is more
+        self.pieces = re.compile(rf"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_{n}]+| ?[\d{n}]+| ?(?:[^\w{s}]|_)+"
+                                 rf"|[{s}]+(?![^{s}])|[{s}]+")
+
+    def state(self):
+        return super().state() | {"kind": "gpt2"}
+
+
 def tokenizer_from_state(state):
     """The tokenizer whose state() this is. SettingError for a kind that this version does not know."""
-    return choose({"char": CharTokenizer, "byte_bpe": BPETokenizer}, tokenizer=state["kind"]).from_state(state)
+    kinds = {"char": CharTokenizer, "byte_bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
+    return choose(kinds, tokenizer=state["kind"]).from_state(state)
 
 
 # 2. attention --------------------------------------------------------------------------------------------------------
@@ -225,13 +258,22 @@ class RotaryEmbedding(nn.Module):
     """Rotary positions (RoFormer, Su et al. 2021): each pair of channels is rotated by an angle proportional to the
     position, so that a query and a key see only their distance. Channel i pairs with i + head_dim / 2."""
 
-    def __init__(self, head_dim, max_len, base=10000.0):
+    def __init__(self, head_dim, max_len, base=10000.0, yarn=1.0, trained_len=0):
+        """yarn: factor by which the context of a model that was trained with trained_len positions (0: max_len) is
+        stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned 32 times or more in
+        trained_len keeps its frequency; one that turned once or less is divided by the factor, so that it meets no new
+        angle; a ramp in between. Queries and keys are scaled by 0.1 ln(yarn) + 1: a sharper softmax over more keys."""
         super().__init__()
         if head_dim % 2:
             raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
-        angles = torch.outer(torch.arange(max_len).float(), base ** (-torch.arange(0, head_dim, 2).float() / head_dim))
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
-        self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
+        frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (head_dim / 2,), radians a position
+        if yarn != 1.0:
+            turns = (trained_len or max_len) * frequencies / (2 * math.pi)
+            kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+            frequencies = frequencies * (kept + (1 - kept) / yarn)
+        angles, size = torch.outer(torch.arange(max_len).float(), frequencies), 0.1 * math.log(yarn) + 1
+        self.register_buffer("cos", size * angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
+        self.register_buffer("sin", size * angles.sin().repeat(1, 2), persistent=False)
 
     def forward(self, x, start=0):
         """x: (B, n_head, T, head_dim) at the positions start, start + 1, ...; or start: (B, T), the positions."""
@@ -361,7 +403,17 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": swiglu}  # of 2017; Hendrycks and Gimpel 2016; see above
+def gelu_tanh(x):
+    """The approximation of GELU that GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x):
+    """The coarser approximation of GELU that CLIP was trained with (the same section)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
 
 
 class FeedForward(nn.Module):
@@ -378,6 +430,41 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         return self.drop(self.proj(self.activation(self.up(x))))
+
+
+class MixtureOfExperts(nn.Module):
+    """(B, T, C) -> (B, T, C): feed-forward layers, the experts, of which each token passes through the k that a router
+    prefers (Shazeer et al. 2017). Their outputs are weighted by the router's probabilities, of sum 1; with k = 1 by the
+    probability itself, or the router would get no gradient from the loss.
+
+    In training, load (n_experts,) is the share of the choices that fell on each expert, and balance the load-balancing
+    loss of the Switch Transformer (Fedus et al. 2022, equation 4): n_experts times the sum of load times mean
+    probability, 1 where the tokens are spread evenly. Both are of one forward pass, padding included: with accumulation
+    or several processes, each part is balanced by itself."""
+
+    def __init__(self, n_embd, n_experts, k, **feed_forward):
+        super().__init__()
+        if not 1 <= k <= n_experts:
+            raise SettingError(f"experts_per_token={k} is not between 1 and n_experts={n_experts}")
+        self.k, self.load, self.balance = k, None, None
+        self.router = nn.Linear(n_embd, n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(n_embd, **feed_forward) for _ in range(n_experts))
+
+    def forward(self, x):
+        tokens, n_experts = x.flatten(0, 1), len(self.experts)  # (B * T, C)
+        p = self.router(tokens).float().softmax(dim=-1)  # (B * T, n_experts)
+        weights, chosen = p.topk(self.k, dim=-1)  # (B * T, k)
+        weights = weights / weights.sum(dim=-1, keepdim=True) if self.k > 1 else weights
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows, rank = (chosen == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of their k
+            padded = F.pad(rows, (0, -len(rows) % 64))  # CPUs prepare a product anew for each new size
+            new = weights[rows, rank, None] * expert(tokens[padded])[:len(rows)]
+            out = out.index_add(0, rows, new.to(out.dtype))
+        if self.training:
+            self.load = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
+            self.balance = n_experts * (self.load * p.mean(dim=0)).sum()
+        return out.view_as(x)
 
 
 class SinusoidalPositionalEncoding(nn.Module):
@@ -411,13 +498,16 @@ class LearnedPositionalEncoding(nn.Module):
 # numbers for those takes longer than the attention itself.
 
 class EncoderBlock(nn.Module):
-    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x)), with n_experts a mixture."""
 
-    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None):
+    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None,
+                 n_experts=0, experts_per_token=1):
         super().__init__()
         self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
-        self.ff = FeedForward(n_embd, None, activation, dropout, bias)
+        feed_forward = {"activation": activation, "dropout": dropout, "bias": bias}
+        self.ff = MixtureOfExperts(n_embd, n_experts, experts_per_token, **feed_forward) if n_experts else \
+            FeedForward(n_embd, **feed_forward)
         self.drop = Dropout(dropout)
 
     def forward(self, x, mask=None):
@@ -478,10 +568,13 @@ class TransformerEncoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer))
         self.norm = make_norm(norm, n_embd)
 
-    def forward(self, x, mask=None):
-        for block in self.blocks:
+    def forward(self, x, mask=None, keep=()):
+        """keep: indices of blocks whose outputs are wanted too, beside the last: (B, T, C * (1 + len(keep)))."""
+        kept = []
+        for i, block in enumerate(self.blocks):
             x = block(x, mask)
-        return self.norm(x)
+            kept += [x] if i in keep else []
+        return torch.cat((self.norm(x), *kept), dim=-1) if keep else self.norm(x)
 
 
 class TransformerDecoder(nn.Module):
@@ -549,6 +642,21 @@ class ViTConfig:
     label_smoothing: float = 0.0
     pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
     pixel_std: tuple = (63.0, 62.0, 65.0)
+    class_token: bool = False  # a learnt token before the patches, as CLIP has; features() leaves it out
+    pre_norm: bool = False  # a norm before the first block, as CLIP has
+    last_norm: bool = True  # a norm after the last block
+    max_tiles: int = 1  # above 1, an image is up to so many tiles of image_size; see TileEmbedding
+    across_layer: int = 0  # further blocks, in which the patches of all tiles of an image attend to each other
+    keep: tuple = ()  # indices of blocks whose outputs stand beside the last in features()
+
+    def __post_init__(self):
+        if list(self.keep) != [i for i in range(self.n_layer) if i in self.keep]:
+            raise SettingError(f"keep={self.keep} are not some of the blocks 0 to {self.n_layer - 1}, in order")
+
+    @property
+    def n_features(self):
+        """Channels of ViT.features()."""
+        return self.n_embd * (1 + len(self.keep))
 
 
 class PatchEmbedding(nn.Module):
@@ -579,6 +687,35 @@ class PatchEmbedding(nn.Module):
         if H % self.patch_size or W % self.patch_size:
             raise ValueError(f"{H}x{W} pixels do not divide into patches of {self.patch_size}x{self.patch_size}")
         return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C)
+
+
+LAYOUTS = [(rows, columns) for rows in range(1, 5) for columns in range(1, 5) if rows * columns <= 4]  # of tiles
+
+
+def best_layout(width, height, max_tiles):
+    """The index in LAYOUTS of the grid of square tiles on which an image is laid: of those with max_tiles at most the
+    one on which it is reduced least; of several of these the one that is padded least, and then the smallest. The side
+    of a tile is 1, and width and height are in tiles."""
+    def cost(layout):
+        rows, columns = LAYOUTS[layout]
+        scale = min(columns / width, rows / height)  # the image then fits
+        padding = rows * columns - scale ** 2 * width * height
+        return max(0.0, 1 - scale), round(padding, 6), rows * columns
+    return min((i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles), key=cost)
+
+
+class TileEmbedding(nn.Module):
+    """(M, T, N, C), the N patches of T tiles of an image -> the same with a learnt vector added for each place in each
+    layout, times the tanh of a learnt number that starts at 0 (Llama 3.2 Vision, Meta 2024). layouts: (M,)"""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.vectors = nn.Embedding(len(LAYOUTS), 4 * n_embd)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, layouts):
+        M, T, N, C = x.shape
+        return x + self.gate.tanh() * self.vectors(layouts).view(M, 4, 1, C)[:, :T]
 
 
 class AttentionPooling(nn.Module):
@@ -614,9 +751,17 @@ class ViT(nn.Module):
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
+        self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, c.n_embd)) if c.class_token else None
+        self.pre_norm = make_norm(c.norm, c.n_embd) if c.pre_norm else nn.Identity()
         self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, c.norm, dropout=c.dropout,
                                           activation=c.activation)
+        if not c.last_norm:
+            self.encoder.norm = nn.Identity()
+        if c.max_tiles > 1:
+            self.tiles_before, self.tiles_after = TileEmbedding(c.n_embd), TileEmbedding(c.n_embd)
+            self.across = nn.ModuleList(EncoderBlock(c.n_embd, c.n_head, c.activation, c.norm, c.dropout)
+                                        for _ in range(c.across_layer))
         self.pool = AttentionPooling(c.n_embd, c.n_head)
         self.head = nn.Linear(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
         init_weights(self)
@@ -631,11 +776,28 @@ class ViT(nn.Module):
         table = F.interpolate(table, (H, W), mode="bicubic", antialias=True).to(x.device)
         return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
 
-    def features(self, images):
-        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row."""
-        H, W = (pixels // self.config.patch_size for pixels in images.shape[-2:])
-        x = self.patches((images.float() - self.pixel_mean) / self.pixel_std)
-        return self.encoder(self.drop(self._add_positions(x, H, W)))
+    def features(self, images, layouts=None):
+        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row, of n_features channels. Of tiles, (M, T,
+        3, H, W) with their layouts (M,), numbers in LAYOUTS: (M, T * N, C), zeros in the tiles that a layout lacks."""
+        c, tiled = self.config, images.dim() == 5
+        H, W = (pixels // c.patch_size for pixels in images.shape[-2:])
+        pixels = images.flatten(0, -4)  # (M * T, 3, H, W)
+        x = self._add_positions(self.patches((pixels.float() - self.pixel_mean) / self.pixel_std), H, W)
+        if self.class_token is not None:  # it has its position in it
+            x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
+        if tiled:
+            x = self.tiles_before(x.unflatten(0, images.shape[:2]), layouts).flatten(0, 1)
+        x = self.encoder(self.drop(self.pre_norm(x)), keep=c.keep)[:, c.class_token:]  # each tile by itself
+        if not tiled:
+            return x
+        (M, T), N = images.shape[:2], x.size(1)
+        x, kept = x.view(M, T * N, c.n_features).split((c.n_embd, c.n_features - c.n_embd), dim=-1)
+        x = self.tiles_after(x.view(M, T, N, c.n_embd), layouts).flatten(1, 2)  # (M, T * N, C)
+        n_tiles = torch.tensor([rows * columns for rows, columns in LAYOUTS], device=x.device)[layouts]  # (M,)
+        seen = torch.arange(T * N, device=x.device) < N * n_tiles[:, None]  # (M, T * N)
+        for block in self.across:
+            x = block(x, seen[:, None, None])
+        return torch.cat((x, kept), dim=-1) * seen[:, :, None]
 
     def forward(self, images, labels=None):
         """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
@@ -660,6 +822,11 @@ class GPTConfig:
     activation: str = "gelu"
     norm: str = "rms"
     positions: str = "rotary"  # "learned", "sinusoidal"
+    yarn: float = 1.0  # factor by which a context of trained_len is stretched; see RotaryEmbedding
+    trained_len: int = 0  # 0: block_size
+    n_experts: int = 0  # feed-forward layers in each block; see MixtureOfExperts
+    experts_per_token: int = 2  # how many of them a token passes through
+    balance_weight: float = 0.01  # of their load-balancing loss, in training
     bias: bool = False
     tie_weights: bool = True  # the output layer is the token embedding, transposed
     cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none
@@ -694,10 +861,13 @@ class GPT(nn.Module):
         added = choose({"rotary": None, "learned": LearnedPositionalEncoding,
                         "sinusoidal": SinusoidalPositionalEncoding}, positions=c.positions)
         self.position = added(c.n_embd, c.block_size) if added else None
-        rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
+        if added and c.yarn != 1.0:
+            raise SettingError(f"yarn={c.yarn} stretches rotary positions, and these are {c.positions}")
+        rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size, 10000.0, c.yarn, c.trained_len)
         self.drop = Dropout(c.dropout)
         self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, activation=c.activation,
-                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated)
+                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated,
+                                          n_experts=c.n_experts, experts_per_token=c.experts_per_token)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.head.weight = self.embedding.weight
@@ -715,12 +885,24 @@ class GPT(nn.Module):
             x = self.position(x, start if positions is None else positions)
         return self.decoder(self.drop(x), memory, mask, memory_mask, caches, positions)
 
+    def balance_loss(self):
+        """What the experts of the last pass add to the loss in training: the mean over blocks; 0 without experts."""
+        experts = [block.ff for block in self.decoder.blocks] if self.config.n_experts and self.training else []
+        return self.config.balance_weight * sum(each.balance for each in experts) / max(1, len(experts))
+
+    def expert_loads(self):
+        """The load of expert j of block i in the last forward pass of training: {"load_i_j": share}, for a log."""
+        blocks = self.decoder.blocks if self.config.n_experts else []
+        return {f"load_{i}_{j}": share for i, block in enumerate(blocks) if block.ff.load is not None
+                for j, share in enumerate(block.ff.load.tolist())}
+
     def forward(self, ids, targets=None):
         """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
         logits = self.head(self.hidden(self.embedding(ids)))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return logits, loss + self.balance_loss()
 
     def _read_prompt(self, ids, copies, embeddings, memory, memory_mask):
         """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies, vocab_size)
@@ -875,6 +1057,8 @@ class MLLMConfig:
 
     def __post_init__(self):
         choose(CONNECTORS, connector=self.connector)
+        if self.vit.max_tiles > 1 and not self.gpt.cross_every:
+            raise SettingError("tiles are attended: max_tiles above 1 takes cross-attention, fusion=cross")
 
     @classmethod
     def from_dict(cls, d):
@@ -884,7 +1068,7 @@ class MLLMConfig:
         """How many tokens an image of image_size x image_size pixels becomes; SettingError if patches do not fit it."""
         if image_size % self.vit.patch_size:
             raise SettingError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
-        return CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
+        return self.vit.max_tiles * CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
 
     def n_placeholders(self, image_size):
         """How many ids stand for an image: one per image token, or a single marker with cross-attention."""
@@ -903,7 +1087,7 @@ class MLLM(nn.Module):
       word attends to the images that stand last before it; images that stand side by side count together.
     Of images that stand side by side each is told its place, and at each of its tokens what differs from the image
     before it (as between the frames of a video, Wang et al. 2021): to compare images is hard to learn otherwise.
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode().
+    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), as tiles always are.
     Several texts about the same images may stand in one row, after the images, which are read once: segments (B, T) is
     0 for the images, 1 for the first text, 2 for the second, ..., -1 for padding; a text sees the images and itself."""
 
@@ -911,7 +1095,7 @@ class MLLM(nn.Module):
         super().__init__()
         self.config = config
         self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
-        self.connector = CONNECTORS[config.connector](config.vit.n_embd, config.gpt.n_embd)
+        self.connector = CONNECTORS[config.connector](config.vit.n_features, config.gpt.n_embd)
         cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
         self.marker = nn.Embedding(1, n_embd) if cross else None
         self.order = nn.Embedding(config.max_images, n_embd) if config.max_images > 1 else None
@@ -919,9 +1103,18 @@ class MLLM(nn.Module):
         init_weights(nn.ModuleList([self.connector, self.marker, self.order, self.change]))
         self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
 
-    def encode(self, images):
-        """(M, 3, H, W) pixels, or (M, N, n_embd of the ViT) features of it -> (M, N, n_embd of the GPT) image tokens"""
-        return self.connector(images if images.dim() == 3 else self.vit.features(images))
+    def encode(self, images, layouts=None):
+        """(M, 3, H, W) pixels, or (M, T, 3, H, W) tiles with their layouts, or (M, N, n_features) features of the ViT
+        -> (M, N, n_embd of the GPT) image tokens; zeros where a layout has no tile."""
+        T = self.config.vit.max_tiles
+        if images.dim() != (5 if T > 1 else 4) and images.dim() != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)} for a model of max_tiles={T}")
+        features = images if images.dim() == 3 else self.vit.features(images, layouts)
+        if T == 1:
+            return self.connector(features)
+        tiles = features.unflatten(1, (T, -1))  # (M, T, N, n_features)
+        tokens = self.connector(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # (M, T, N, C)
+        return (tokens * tiles.any(dim=(2, 3))[:, :, None, None]).flatten(1, 2)
 
     def embed(self, images, ids):
         """ids (B, T) -> x (B, T, C), the embeddings of words and images; and the memory of GPT.hidden() and its mask.
@@ -936,6 +1129,7 @@ class MLLM(nn.Module):
         if M == 0:
             return x, None, None
         n = is_image.sum() // M  # placeholders of an image
+        there = tokens.any(dim=-1) | (self.config.vit.max_tiles == 1)  # (M, N), False where a layout lacks a tile
         so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
         starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
         first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group
@@ -949,11 +1143,13 @@ class MLLM(nn.Module):
             return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
         x = torch.where(is_image[:, :, None], self.marker.weight, x)
         K = int(so_far[:, -1].max())  # the most images of a row
-        memory = tokens.new_zeros(len(ids), K, N, C)
-        memory[is_image.nonzero()[:, 0], so_far[is_image] - 1] = tokens  # row by row, in order
+        memory, seen = tokens.new_zeros(len(ids), K, N, C), is_image.new_zeros(len(ids), K, N)
+        where = is_image.nonzero()[:, 0], so_far[is_image] - 1  # row by row, in order
+        memory[where], seen[where] = tokens, there
         image = torch.arange(K, device=tokens.device)
         mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
-        return x, memory.flatten(1, 2), None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]
+        mask = (mask[:, :, :, None] & seen[:, None]).flatten(2)  # (B, T, K * N)
+        return x, memory.flatten(1, 2), None if mask.all() else mask[:, None]
 
     def hidden(self, images, ids, segments=None):
         """What the GPT's head takes, (B, T, C). Texts that share images in a row do not see each other, and the
@@ -988,7 +1184,8 @@ class MLLM(nn.Module):
         if targets is None:
             return self.gpt.head(x), None
         logits, where = self._scored_logits(x, targets)
-        return None, F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
+        return None, loss + self.gpt.balance_loss()
 
     def log_probs(self, images, ids, mask=None):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask."""
@@ -1048,9 +1245,10 @@ class Conversation:
     """A conversation with an MLLM that goes on turn by turn. What was read is kept in the caches and not read again."""
 
     def __init__(self, model, images):
-        """images: (M, 3, H, W), all that the conversation is about, in the order of their placeholders."""
+        """images: (M, 3, H, W), or (M, N, C) from encode(), all that the conversation is about, in the order of their
+        placeholders."""
         with torch.no_grad(), evaluating(model):
-            self.model, self.tokens = model, model.encode(images)  # (M, N, C)
+            self.model, self.tokens = model, images if images.dim() == 3 else model.encode(images)  # (M, N, C)
         self.ids = torch.empty(1, 0, dtype=torch.long, device=self.tokens.device)
         self.caches = model.gpt.decoder.new_caches(model.config.gpt.block_size, self.tokens.shape[:2].numel())
 

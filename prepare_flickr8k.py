@@ -7,10 +7,11 @@ Flickr8k -> data/flickr8k/: photos packed to small squares, five captions each, 
                                                                  or conversations, DIR/*.jsonl, in the layouts of
                                                                  config/tools/conversations.py
 
-Writes images.npy (n, 3, size, size) uint8; captions.json with the names, the captions of each photo and the indices of
-each split, or with the conversations of each split; tokenizer.json, a BPE trained on the training texts; and
-{train,val,test}.npy, the texts as one stream of token ids for gpt.py. Captions are stored as the model is to write
-them, lower case and without a full stop at the end; conversations as they are.
+Writes images.npy (n, 3, size, size) uint8, or (n, max_tiles, 3, size, size) and layouts.npy; captions.json with the
+names, the captions of each photo and the indices of each split, or with the conversations of each split;
+tokenizer.json, a BPE trained on the training texts; and {train,val,test}.npy, the texts as one stream of token ids for
+gpt.py. Captions are stored as the model is to write them, lower case and without a full stop at the end; conversations
+as they are.
 """
 
 import csv
@@ -24,12 +25,13 @@ from PIL import Image
 
 import config
 from config.tools.conversations import read_conversations, split_by_image
-from config.tools.data import download, save_array, save_json, to_pixels
+from config.tools.data import download, save_array, save_json, to_images
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
 source = ""  # a folder of your own photos with a captions.txt or *.jsonl; empty: Flickr8k
-size = 96  # pixels a side; photos are squeezed to squares
+size = 96  # pixels a side; photos are squeezed to squares, unless max_tiles is above 1
+max_tiles = 1  # above 1, at most 4: photos keep their proportions, on a grid of up to so many squares of that size
 vocab_size = 4096  # of the tokenizer, special ids and bytes included
 
 # The publisher's own address, the second, does not always answer; no official checksum is known, so the CRCs inside the
@@ -137,10 +139,12 @@ def main(argv=None):
     except UnicodeDecodeError as e:
         config.fail(f"captions.txt is not UTF-8 ({e})")
     out.mkdir(parents=True, exist_ok=True)
-    images = np.zeros((len(names), 3, size, size), dtype=np.uint8)
+    images = np.zeros((len(names), *([max_tiles] * (max_tiles > 1)), 3, size, size), dtype=np.uint8)
+    layouts = np.zeros(len(names), dtype=np.int64)
     for i, name in enumerate(names):
         try:
-            images[i] = to_pixels(open_photo(name), size).numpy()
+            image, layout = to_images([open_photo(name)], size, max_tiles)
+            images[i], layouts[i] = image[0].numpy(), layout.item()
         except (OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as e:
             where = f"{named[name]}: " if name in named else ""
             config.fail(f"{where}{name} cannot be read as an image ({e})")
@@ -148,6 +152,8 @@ def main(argv=None):
             config.show_progress(f"packing photo {i}/{len(names)}")
     config.show_progress("")
     save_array(out / "images.npy", images)
+    if max_tiles > 1:
+        save_array(out / "layouts.npy", layouts)
 
     tokenizer = BPETokenizer.train((text for texts in texts_of(table, "train") for text in texts), vocab_size)
     for split in ("train", "val", "test"):  # shuffled: in the stream no caption stands beside another of its photo

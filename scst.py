@@ -194,7 +194,8 @@ def train(run, model, optimizers, data, reward, prompts, **about):
                      for number in numbers]
             images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"])
             with config.autocast(model):
-                all_tokens = model.encode(images)  # (M, N, C), computed once for all K samples; as mllm.py trained it
+                layouts = data["layouts"][numbers].to(dev)
+                all_tokens = model.encode(images, layouts)  # (M, N, C), once for all K samples; as mllm.py trained it
             for rows, ids, its_images in mllm.prompts_by_length(model, data, asked):
                 tokens, places = all_tokens[[numbers.index(i) for i in its_images]], [some[i] for i in rows]
                 sampled, captions = write(tokens, ids, temperature=1.0, num_captions=samples)  # (b * K, T)

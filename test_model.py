@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import threading
 import time
 import traceback
 import types
+import unicodedata
 import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
@@ -46,15 +48,15 @@ import prepare_flickr8k
 import prepare_shakespeare
 import scst
 import vit
-from config.tools import conversations, data, metrics, pictures, questions, shapes
+from config.tools import conversations, data, metrics, pictures, pretrained, questions, shapes
 from config.tools.data import to_pixels
 from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
-    CLIP, CONNECTORS, GPT, IMAGE_ID, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig, Conversation,
-    DecoderBlock, Dropout, EncoderBlock, FeedForward, GPTConfig, KVCache, LayerNorm, LearnedPositionalEncoding,
-    MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector, RMSNorm, RotaryEmbedding,
-    SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT, ViTConfig, causal_mask,
-    padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
+    CLIP, CONNECTORS, GPT, IMAGE_ID, LAYOUTS, MLLM, AttentionPooling, BPETokenizer, CharTokenizer, CLIPConfig,
+    Conversation, DecoderBlock, Dropout, EncoderBlock, FeedForward, GPT2Tokenizer, GPTConfig, KVCache, LayerNorm,
+    LearnedPositionalEncoding, MixtureOfExperts, MLLMConfig, MultiHeadAttention, PatchEmbedding, PixelShuffleConnector,
+    RMSNorm, RotaryEmbedding, SinusoidalPositionalEncoding, Transformer, TransformerDecoder, TransformerEncoder, ViT,
+    ViTConfig, best_layout, causal_mask, padding_mask, sample_next, scaled_dot_product_attention, tokenizer_from_state,
 )
 
 
@@ -155,6 +157,25 @@ def test_bpe_pieces_and_merges_worked_out_by_hand():
     assert tokenizer.encode("hugs") == [260, 3 + ord("s")]
 
 
+def test_gpt2_tokenizer_cuts_and_numbers_as_gpt2_does():
+    """The numbers are those of OpenAI's vocabulary: bytes that print come first."""
+    tokenizer = GPT2Tokenizer([(71, 68), (75, 75), (256, 257), (258, 78), (220, 258)])  # he, ll, hell, hello, _hell
+    assert [tokenizer.encode(c)[0] for c in "!aé \n"] == [0, 64, 127, 220, 198]
+    assert tokenizer.encode("hello") == [259] and tokenizer.encode("a hell") == [64, 260]
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (262, 263, 264, 265)
+    pieces = ["don", "'t", " DON", "'", "T", " ½²", "x", "_", "Ⅳ〇", "一", " \x1c", "ée", "\u0301", "  ", " 3", ".",
+              "14", "\u3000\t\t"]
+    assert tokenizer.pieces.findall("".join(pieces)) == pieces
+    letter, number = (re.compile(tokenizer.pieces.pattern.split("|")[i][2:]) for i in (6 + 1, 6 + 2))
+    for c in map(chr, range(sys.maxunicode + 1)):
+        kind = unicodedata.category(c)[0]
+        assert (bool(letter.fullmatch(c)), bool(number.fullmatch(c))) == (kind == "L", kind == "N"), repr(c)
+    for text in CORPUS:
+        assert tokenizer.decode([*tokenizer.encode(text), tokenizer.eos_id]) == text
+    again = tokenizer_from_state(tokenizer.state())
+    assert type(again) is GPT2Tokenizer and again.encode("hello") == [259]
+
+
 def test_bpe_training_and_encoding_equal_a_naive_reference():
     def merge(ids, pair, new):
         i = next((i for i in range(len(ids) - 1) if tuple(ids[i:i + 2]) == pair), None)
@@ -251,6 +272,27 @@ def test_rotary_keeps_norms_and_sees_distances_alone():
     raises(ValueError, "even", RotaryEmbedding, 7, 32)
 
 
+def test_yarn_stretches_slow_pairs_alone():
+    """Peng et al. 2023, definition 3: with L = 256 and base 10,000, pair i of 32 channels turns 40.7 / 10^(i / 4) times
+    in L: 40.7 and more than 32 keeps its frequency, less than once is divided by the factor, the rest is in between."""
+    plain, yarn = RotaryEmbedding(32, 1024), RotaryEmbedding(32, 1024, yarn=4.0, trained_len=256)
+    close(RotaryEmbedding(32, 64, yarn=1.0, trained_len=16).cos, plain.cos[:64])
+    size = 0.1 * math.log(4) + 1  # the square root of 1 / t in equation 22
+    close((yarn.cos ** 2 + yarn.sin ** 2).sqrt(), torch.tensor(size).expand(1024, 32))
+    angle = lambda rotary, i: math.atan2(rotary.sin[1, i], rotary.cos[1, i])  # of pair i, at position 1
+    for i in range(16):
+        turns, theta = 256 / (2 * math.pi) / 10 ** (i / 4), 10 ** (-i / 4)
+        ramp = min(max((turns - 1) / 31, 0), 1)
+        close(torch.tensor(angle(plain, i)), torch.tensor(theta))
+        close(torch.tensor(angle(yarn, i)), torch.tensor((1 - ramp) * theta / 4 + ramp * theta))
+    assert abs(angle(yarn, 0) - 1) < 1e-5 and abs(angle(yarn, 15) * 4 / 10 ** (-15 / 4) - 1) < 1e-3
+    raises(ValueError, "yarn=2.0 stretches rotary", lambda: tiny_gpt(positions="learned", yarn=2.0))
+    ids, gpt = torch.randint(20, (1, 16)), shake(tiny_gpt())
+    stretched = tiny_gpt(block_size=64, yarn=4.0, trained_len=16)
+    stretched.load_state_dict(gpt.state_dict())
+    assert (gpt(ids)[0] - stretched(ids)[0]).abs().max() > 1e-4 and stretched(ids.repeat(1, 4))[0].isfinite().all()
+
+
 def copy_attention(ours, theirs):
     """The weights of a torch.nn.MultiheadAttention."""
     ours.qkv.load_state_dict({"weight": theirs.in_proj_weight, "bias": theirs.in_proj_bias})
@@ -334,6 +376,40 @@ def test_feed_forward_equals_its_formula():
         close(layer(x), h @ layer.proj.weight.T + layer.proj.bias, 1e-4)
         assert abs(sum(p.numel() for p in layer.parameters()) / (2 * 96 * 4 * 96) - 1) < 0.02  # swiglu's as well
     raises(ValueError, "'tanh'", FeedForward, 24, None, "tanh")
+
+
+def test_experts_equal_a_slow_loop_and_share_the_work():
+    x = torch.randn(2, 7, 12)
+    for n, k in ((3, 1), (3, 2), (3, 3), (1, 1)):
+        layer = shake(MixtureOfExperts(12, n, k), 0.5).train()
+        slow = torch.zeros_like(x)
+        for b, t in ((b, t) for b in range(2) for t in range(7)):
+            p = (layer.router.weight @ x[b, t]).softmax(dim=0)
+            best = sorted(range(n), key=lambda i: -p[i])[:k]
+            for i in best:
+                share = p[i] / sum(p[j] for j in best) if k > 1 else p[i]
+                slow[b, t] += share * layer.experts[i](x[b, t])
+        close(layer(x), slow, 1e-6)
+        choices = [sorted(range(n), key=lambda i: -row[i])[:k] for row in layer.router(x).flatten(0, 1).tolist()]
+        counts = Counter(i for best in choices for i in best)
+        close(layer.load, torch.tensor([counts[i] / (14 * k) for i in range(n)]))
+        mean_p = layer.router(x).softmax(dim=-1).mean(dim=(0, 1))
+        close(layer.balance, n * (layer.load * mean_p).sum())
+        layer(x).square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in layer.experts.parameters())
+        assert n == 1 or layer.router.weight.grad.abs().sum() > 0  # from the loss itself, with k = 1 as well
+    dense, mixture = shake(FeedForward(12), 0.5), MixtureOfExperts(12, 4, 4)
+    for expert in mixture.experts:
+        expert.load_state_dict(dense.state_dict())
+    close(mixture(x), dense(x), 1e-6)
+    raises(ValueError, "experts_per_token=3", MixtureOfExperts, 12, 2, 3)
+    model, ids = shake(tiny_gpt(n_experts=4, experts_per_token=2)).train(), torch.randint(20, (8, 17))
+    loss, plain = model(ids[:, :-1], ids[:, 1:])[1], model.eval()(ids[:, :-1], ids[:, 1:])[1]
+    balance = sum(block.ff.balance for block in model.decoder.blocks) / 2
+    close(loss, plain + 0.01 * balance)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert model.generate(ids[:1, :4], 5, temperature=0).equal(greedy(lambda ids: model(ids)[0], ids[:1, :4], 5))
 
 
 def test_added_positions_by_hand_and_from_a_start():
@@ -452,6 +528,72 @@ def tiny_vit(**changes):
 
 def photos(n, size=8):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+
+
+def test_tiles_hold_the_image_and_nothing_else():
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 90, 3), dtype=np.uint8)
+    (tiles,), (layout,) = data.to_images([Image.fromarray(pixels)], 30, 4)  # (4, 3, 30, 30)
+    assert LAYOUTS[layout] == (1, 3) and not tiles[3].any()
+    assert torch.equal(data.join_tiles(tiles, layout), torch.from_numpy(pixels).permute(2, 0, 1))
+    (tiles,), (layout,) = data.to_images([Image.new("RGB", (50, 120), (9, 8, 7))], 40, 4)
+    joined = data.join_tiles(tiles, layout)
+    assert LAYOUTS[layout] == (3, 1) and joined.shape == (3, 120, 40)
+    assert (joined[:, :96] == torch.tensor([9, 8, 7])[:, None, None]).all() and not joined[:, 96:].any()
+    (plain,), (layout,) = data.to_images([Image.new("RGB", (50, 120))], 40)
+    assert plain.shape == (3, 40, 40) and layout == 0 and data.join_tiles(plain, layout) is plain
+
+
+def test_best_layout_is_the_one_that_reduces_least_and_pads_least():
+    """By brute force, on whole pixels: tiles of 1,000 pixels, and images that are larger and smaller than these."""
+    rng, seen = np.random.default_rng(0), Counter()
+    for _ in range(200):
+        width, height = (int(x) for x in np.exp(rng.uniform(math.log(100), math.log(9000), 2)))
+        costs = []
+        for i, (rows, columns) in enumerate(LAYOUTS):
+            scale = min(1000 * columns / width, 1000 * rows / height)
+            padding = 1e6 * rows * columns - (width * scale) * (height * scale)
+            costs.append((max(0, 1 - scale), round(padding, 3), rows * columns, i))
+        least = [c for c in costs if abs(c[0] - min(costs)[0]) < 1e-12]
+        right = min(least, key=lambda c: c[1:])[3]
+        assert best_layout(width / 1000, height / 1000, 4) == right, (width, height)
+        seen[LAYOUTS[right]] += 1
+    assert {best_layout(side / 48, side / 48, 4) for side in range(1, 49)} == {0}  # a small square stays on one tile
+    assert len(seen) == 8 and set(LAYOUTS) == set(seen) and best_layout(9, 3, 1) == LAYOUTS.index((1, 1))
+    assert [LAYOUTS[best_layout(w, h, 4)] for w, h in ((9, 3), (3, 9), (9, 9), (1, 1), (9, 1), (5, 3))] == [
+        (1, 3), (3, 1), (2, 2), (1, 1), (1, 4), (2, 2)]
+
+
+def test_tiles_are_plain_images_until_their_gates_open_and_empty_ones_change_nothing():
+    sizes = dict(image_size=16, patch_size=8, n_layer=3, n_head=2, n_embd=16, n_classes=0, stem="patch")
+    plain = shake(ViT(ViTConfig(**sizes)))
+    tiled = ViT(ViTConfig(**sizes, max_tiles=4)).eval()
+    tiled.load_state_dict(tiled.state_dict() | plain.state_dict())
+    images, layouts = photos(20, size=16).view(5, 4, 3, 16, 16), torch.tensor([0, 3, 5, 1, 6])  # 1, 4, 4, 2 and 3 tiles
+    n = [rows * columns for rows, columns in (LAYOUTS[i] for i in layouts)]
+    features = tiled.features(images, layouts)  # (5, 4 * 4, 16)
+    for i, tiles in enumerate(images):
+        close(features[i, :4 * n[i]], plain.features(tiles[:n[i]]).flatten(0, 1))
+        assert not features[i, 4 * n[i]:].any()
+    other = images.clone()
+    for i in range(5):
+        other[i, n[i]:] = photos(4 - n[i], size=16)
+    model = shake(MLLM(MLLMConfig(ViTConfig(**sizes, max_tiles=4, across_layer=1, keep=(0, 2)),
+                                  tiny_gpt_config(cross_every=1), "mlp")))
+    ids = torch.tensor([[IMAGE_ID, 1, 5, 6, 7]] * 5)
+    assert model.vit.features(images, layouts).shape == (5, 16, 48) and model.config.n_image_tokens(16) == 16
+    logits = [model(model.encode(some, layouts), ids)[0] for some in (images, other)]
+    close(*logits)
+    assert (model(model.encode(images, torch.full((5,), 3)), ids)[0] - logits[0]).abs().amax(dim=(1, 2))[0] > 1e-4
+    for name in ("tiles_before", "tiles_after"):  # open gates tell places and layouts from each other
+        tiles = images[:1, :1].expand(2, 4, 3, 16, 16)
+        getattr(tiled, name).gate.data.fill_(1.0)
+        seen = tiled.features(tiles, torch.tensor([3, 5])).view(2, 4, 4, 16)
+        assert (seen[0, 0] - seen[0, 1]).abs().max() > 1e-4 and (seen[0, 0] - seen[1, 0]).abs().max() > 1e-4
+        getattr(tiled, name).gate.data.fill_(0.0)
+    model.train()
+    model(model.encode(images, layouts), ids, ids.masked_fill(ids == IMAGE_ID, -1))[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    raises(ValueError, "max_tiles above 1", lambda: MLLMConfig(ViTConfig(max_tiles=4), tiny_gpt_config()))
 
 
 def test_patch_embedding_equals_unfold_and_a_matrix():
@@ -680,7 +822,7 @@ def test_mllm_loss_and_log_probs_are_those_of_the_full_logits():
     model, images = shake(tiny_mllm()), photos(2)
     tokens = model.encode(images)
     close(tokens, model.connector(model.vit.features(images)))
-    close(tokens, model.encode(mllm.frozen_features(model, images)))
+    close(tokens, model.encode(mllm.frozen_features(model, images, torch.zeros(2).long())))
     logits, (none, loss) = model(images, EXAMPLE)[0], model(tokens, EXAMPLE, TARGETS)  # tokens stand in for pixels
     close(loss, F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=-1))
     spread = -logits[TARGETS >= 0].log_softmax(dim=-1).mean()
@@ -1007,10 +1149,9 @@ def test_wrong_settings_end_in_one_line():
 
 
 def test_every_recipe_sets_only_what_its_stage_has():
-    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "clip": "vit", "flickr8k": "mllm",
-              "questions": "mllm"}
+    stages = {"shakespeare": "gpt", "captions": "gpt", "cifar": "vit", "clip": "vit"}
     for recipe in sorted(Path(__file__).parent.glob("config/[!_]*.py")):
-        stage = "scst" if "scst" in recipe.name else stages[recipe.stem.split("_")[0]]
+        stage = "scst" if "scst" in recipe.name else stages.get(recipe.stem.removesuffix("_cpu"), "mllm")
         known = config.read_settings(Path(__file__).parent / f"{stage}.py")
         for name, (value, _) in config.read_settings(recipe).items():
             assert name in known and type(value) is type(known[name][0]), f"{recipe.name}: {name}"
@@ -1186,6 +1327,132 @@ def test_images_grow_in_equal_shares_to_their_full_size():
         assert vit.size_at(0.0) == 64
     with patched(vit, "first_size", 64):
         assert vit.size_at(0.0) == 64
+
+
+def write_safetensors(path, tensors, change=lambda header: header, body=None, length=None):
+    """tensors {name: float32 tensor} as *.safetensors; what tests break: the header, the body, the header's length."""
+    header, raw = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        new = tensor.detach().contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(raw), len(raw) + len(new)]}
+        raw += new
+    text = change(header)
+    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    Path(path).write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text
+                           + (raw if body is None else body))
+
+
+def test_safetensors_are_read_and_lies_refused():
+    tensors = {"a": torch.randn(2, 3), "b": torch.randn(()), "c": torch.randn(0, 4), "d": torch.randn(5)}
+
+    def changed(**entry):
+        return lambda header: header | {"a": header["a"] | entry}
+
+    with in_new_folder():
+        write_safetensors("good.safetensors", tensors)
+        read = pretrained.read_safetensors("good.safetensors")
+        assert read.keys() == tensors.keys() and all(read[name].equal(tensors[name]) for name in tensors)
+        bad = [changed(dtype="F31"), changed(dtype=7), changed(dtype=["F32"]), changed(dtype="F64"), changed(shape=[3]),
+               changed(shape=[-2, -3]), changed(shape=[2.0, 3]), changed(shape="23"), changed(shape=None),
+               changed(data_offsets=[0]), changed(data_offsets=[24, 0]), changed(data_offsets=[0, 2 ** 70]),
+               changed(data_offsets=[4, 28]), changed(data_offsets=[-24, 0]), changed(data_offsets="ab"),
+               lambda header: {"a": [1, 2]}, lambda header: [1], lambda header: b"\xff\xfe", lambda header: b"[" * 9999,
+               lambda header: {name: header[name] for name in "ab"}, lambda header: header | {"e": header["d"]}]
+        files = [{"change": change} for change in bad]
+        files += [{"body": b""}, {"body": b"x" * 47}, {"body": b"x" * 49}, {"length": 2 ** 63}, {"length": 10}]
+        for i, how in enumerate(files):
+            write_safetensors("bad.safetensors", tensors, **how)
+            raises(SystemExit, "bad.safetensors cannot be read", pretrained.read_weights, Path("bad.safetensors"))
+        for raw in (b"", b"1234567", b"PK\x03\x04" + bytes(100)):
+            Path("bad.safetensors").write_bytes(raw)
+            raises(SystemExit, "bad.safetensors cannot be read", pretrained.read_weights, Path("bad.safetensors"))
+        marker = Path("run")
+        Path("bad.bin").write_bytes(pickle.dumps(RunsCode(str(marker))))
+        raises(SystemExit, "bad.bin cannot be read", pretrained.read_weights, Path("bad.bin"))
+        assert not marker.exists()
+
+
+class RunsCode:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def write_pretrained(folder):
+    """A small GPT-2 and a small CLIP as the hub has them, and our models with the same weights."""
+    gpt = shake(GPT(GPTConfig(261, 128, 2, 1, 64, activation="gelu_tanh", norm="layer", positions="learned",
+                              bias=True)), 0.1)
+    own = gpt.state_dict()
+    theirs = {"wte.weight": own["embedding.weight"], "wpe.weight": own["position.positions"],
+              "ln_f.weight": own["decoder.norm.weight"], "ln_f.bias": own["decoder.norm.bias"],
+              "h.0.attn.bias": torch.ones(1, 1, 128, 128)}
+    for i, (old, new) in itertools.product(range(2), (
+            ("ln_1", "norm1"), ("attn.c_attn", "attn.qkv"), ("attn.c_proj", "attn.proj"), ("ln_2", "norm2"),
+            ("mlp.c_fc", "ff.up"), ("mlp.c_proj", "ff.proj"))):
+        weight, bias = (own[f"decoder.blocks.{i}.{new}.{kind}"] for kind in ("weight", "bias"))
+        theirs |= {f"h.{i}.{old}.weight": weight.t(), f"h.{i}.{old}.bias": bias}
+    Path(folder, "gpt2").mkdir(parents=True)
+    write_safetensors(Path(folder, "gpt2", "model.safetensors"), theirs)
+    characters = [chr(b) for b in GPT2Tokenizer.printable] + [chr(256 + i) for i in range(68)]
+    vocab = {c: i for i, c in enumerate([*characters, "he", "ll", "hell", "\u0120hell", "<|endoftext|>"])}
+    Path(folder, "gpt2", "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    Path(folder, "gpt2", "merges.txt").write_text("#version: 0.2\nh e\nl l\nhe ll\n\u0120 hell\n", "utf-8")
+
+    vit = shake(ViT(ViTConfig(24, 8, 2, 1, 64, 0, activation="quick_gelu", stem="patch", class_token=True,
+                              pre_norm=True, last_norm=False)), 0.1)
+    vit.patches.stem.bias.data.zero_()
+    for name, values in (("pixel_mean", pretrained.CLIP_MEAN), ("pixel_std", pretrained.CLIP_STD)):
+        getattr(vit, name).copy_(255 * torch.tensor(values).view(1, 3, 1, 1))
+    own, embeddings = vit.state_dict(), "vision_model.embeddings"
+    theirs = {f"{embeddings}.patch_embedding.weight": own["patches.stem.weight"],
+              f"{embeddings}.class_embedding": own["class_token"][0, 0] - 1,
+              f"{embeddings}.position_embedding.weight": torch.cat((torch.ones(1, 64), own["position.positions"])),
+              "text_model.final_layer_norm.weight": torch.ones(64), "logit_scale": torch.ones(())}
+    theirs |= {f"vision_model.pre_layrnorm.{kind}": own[f"pre_norm.{kind}"] for kind in ("weight", "bias")}
+    for i, kind in itertools.product(range(2), ("weight", "bias")):
+        prefix, block = f"vision_model.encoder.layers.{i}", f"encoder.blocks.{i}"
+        for name, part in zip("qkv", own[f"{block}.attn.qkv.{kind}"].chunk(3)):
+            theirs[f"{prefix}.self_attn.{name}_proj.{kind}"] = part
+        for old, new in (("self_attn.out_proj", "attn.proj"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"),
+                         ("mlp.fc1", "ff.up"), ("mlp.fc2", "ff.proj")):
+            theirs[f"{prefix}.{old}.{kind}"] = own[f"{block}.{new}.{kind}"]
+    Path(folder, "clip").mkdir()
+    torch.save(theirs, Path(folder, "clip", "pytorch_model.bin"))
+    return gpt, vit
+
+
+def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
+    with in_new_folder():
+        gpt, vit = write_pretrained("hub")
+        loaded = pretrained.load_gpt2("hub/gpt2")
+        model, ids = GPT(GPTConfig(**loaded["config"])).eval(), torch.randint(261, (2, 20))
+        model.load_state_dict(loaded["model"])
+        close(model(ids)[0][..., :261], gpt(ids)[0], 1e-4)
+        tokenizer = tokenizer_from_state(loaded["tokenizer"])
+        assert tokenizer.encode("a hell!") == [64, 259, 0]
+        assert tokenizer.pad_id == 261 and model.config.vocab_size == 264
+        loaded = pretrained.load_clip_vit("hub/clip")
+        model, images = ViT(ViTConfig(**loaded["config"])).eval(), photos(2, size=24)
+        missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+        assert not unexpected and all(name.startswith(("pool.", "head.")) for name in missing)
+        close(model.features(images), vit.features(images), 1e-4)
+        args = (*TOY[mllm], "--gpt_ckpt=hub/gpt2", "--vit_ckpt=hub/clip", "--fusion=prefix", "--max_tokens=100")
+        printed = run(mllm, *args)
+        assert "hub/gpt2, step 0" in printed and "hub/clip, step 0" in printed
+        saved = torch.load("out/mllm/sft.pt", weights_only=True)
+        assert saved["tokenizer"]["kind"] == "gpt2" and saved["config"]["eos_id"] == 263
+        Image.new("RGB", (30, 30)).save("a.png")
+        assert "a.png: " in run(mllm, *TOY[mllm], "--image=a.png")
+        raises(SystemExit, "learnt positions, which end at 128", run, mllm, *args[:-1], "--max_tokens=130")
+        Path("hub/gpt2/merges.txt").write_text("l l\nh e\n", "utf-8")
+        raises(SystemExit, "do not number the merges alike", run, mllm, *args)
+        Path("hub/gpt2/vocab.json").unlink()
+        raises(SystemExit, "vocab.json is missing", run, mllm, *args)
+        raises(SystemExit, "lacks embeddings.patch_embedding.weight", pretrained.load_clip_vit, "hub/gpt2")
 
 
 def test_downloads_resume_and_fall_back_to_the_second_source():
@@ -1397,7 +1664,8 @@ def test_captions_for_evaluation_are_written_without_dropout():
     gpt_config = GPTConfig(vocab_size=261, block_size=24, n_layer=1, n_head=2, n_embd=16, dropout=0.5)
     model, pixels = shake(MLLM(MLLMConfig(vit_config, gpt_config)), 0.5).train(), photos(20)
     prompts = [mllm.caption_sample(i) for i in range(20)]
-    in_training = mllm.write_answers(model, {"images": pixels, "tokenizer": tokenizer}, prompts)
+    data = {"images": pixels, "layouts": torch.zeros(20).long(), "tokenizer": tokenizer}
+    in_training = mllm.write_answers(model, data, prompts)
     expected = model.eval().generate(pixels, max_new_tokens=99).tolist()
     assert in_training == [[tokenizer.decode(row) for row in expected], [2 in row for row in expected]]
 
@@ -1560,7 +1828,8 @@ def words_model(block_size=24, **changes):
     """A tiny MLLM and the data of four black images, with a tokenizer of bytes."""
     tokenizer = BPETokenizer([])
     sizes = dict(vocab_size=tokenizer.vocab_size, block_size=block_size) | changes
-    return tiny_mllm(gpt=tiny_gpt_config(**sizes)), {"images": photos(4), "tokenizer": tokenizer}
+    data = {"images": photos(4), "layouts": torch.zeros(4).long(), "tokenizer": tokenizer}
+    return tiny_mllm(gpt=tiny_gpt_config(**sizes)), data
 
 
 def test_conversations_become_ids_and_the_targets_are_what_the_assistant_says():
@@ -1688,9 +1957,9 @@ def test_a_batch_without_images_is_learnt_from():
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     for cross_every in (0, 1):
         model, data = words_model(30, cross_every=cross_every)
-        images, which, *texts = mllm.get_batch(model, data, [[{"images": [], "messages": turns}]] * 2)
+        images, layouts, which, *texts = mllm.get_batch(model, data, [[{"images": [], "messages": turns}]] * 2)
         assert mllm.augment_photos(images, [], 0.5, 0.2, True).shape == images.shape and len(images) == 0
-        loss = model(model.encode(images)[which], *texts[:2], 0.0, texts[2])[1]
+        loss = model(model.encode(images, layouts)[which], *texts[:2], 0.0, texts[2])[1]
         loss.backward()
         assert loss.isfinite() and model.gpt.embedding.weight.grad.any()
 
@@ -2148,6 +2417,27 @@ def likely_tokens(logits, temperature=1.0, *_):
     """In the place of sample_next: the first of two samples is greedy, the second takes the second likeliest tokens."""
     rank = torch.arange(len(logits)) % 2 if temperature else torch.zeros(len(logits), dtype=torch.long)
     return logits.topk(2).indices.gather(1, rank[:, None]).squeeze(1)
+
+
+def test_scenes_on_tiles_are_learnt_and_asked():
+    with in_new_folder():
+        args = (*(arg for arg in TOY[mllm] if arg.split("=")[0] not in ("--mirror", "--crop", "--jitter")),
+                "--dataset=wide", "--fusion=cross", "--max_tokens=80", "--keep_blocks=0,", "--across_layer=1")
+        printed = run(mllm, *args, "--max_tiles=4")
+        assert "36 image tokens each" in printed and Path("out/mllm/captions.png").is_file()
+        assert "right" in run(mllm, *args, "--eval_only=True")
+        Image.new("RGB", (90, 30)).save("wide.png")
+        assert "wide.png: " in run(mllm, *args, "--image=wide.png") and Path("out/mllm/captioned.png").is_file()
+        assert "after" in run(scst, *TOY[scst], "--init_from=sft")
+        raises(SystemExit, "not some of the blocks 0 to 0", run, mllm, *args, "--max_tiles=4", "--keep_blocks=0,0")
+        raises(SystemExit, "tiles are not augmented", run, mllm, *TOY[mllm], "--dataset=wide", "--max_tiles=4")
+        raises(SystemExit, "takes cross-attention", run, mllm, *args, "--max_tiles=4", "--fusion=prefix")
+        raises(SystemExit, "shapes has images of 1 tiles", run, mllm, *args, "--max_tiles=4", "--dataset=shapes")
+        make_captioned_folder("mine", 24)
+        run(prepare_flickr8k, "--source=mine", "--out_dir=data/mine", "--size=24", "--max_tiles=4", "--vocab_size=300")
+        assert np.load("data/mine/images.npy").shape == (24, 4, 3, 24, 24)
+        assert set(np.load("data/mine/layouts.npy").tolist()) == {LAYOUTS.index((1, 2))}  # of 20x12 pixels
+        run(mllm, *args, "--max_tiles=4", "--dataset=mine", "--out_dir=out/tiles")
 
 
 def test_questions_about_drawn_images_are_learnt_and_asked():

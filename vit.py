@@ -168,7 +168,9 @@ def draw_predictions(model, data, rows, path, size=128):
 
 def load_captioned():
     """{images (n, 3, image_size, image_size) uint8, captions: n lists, splits: {split: indices}, tokenizer}"""
-    images, table, tokenizer = load_photos(dataset, image_size)
+    images, _, table, tokenizer = load_photos(dataset, image_size)
+    if images.ndim == 5:
+        config.fail(f"data/{dataset} holds tiles; for CLIP, run prepare_flickr8k.py without max_tiles")
     if "captions" not in table:
         config.fail(f"data/{dataset} holds conversations; CLIP learns from captions")
     return {"images": torch.from_numpy(images), "captions": table["captions"], "tokenizer": tokenizer,

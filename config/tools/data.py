@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from config import fail, show_progress
-from model import tokenizer_from_state
+from model import LAYOUTS, best_layout, tokenizer_from_state
 
 
 def to_pixels(image, size):
@@ -21,6 +21,43 @@ def to_pixels(image, size):
     (the whole photo is seen, and training and inference see it alike)."""
     image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+def to_tiles(image, size, max_tiles):
+    """A PIL image as (max_tiles, 3, size, size) uint8 and the index of its layout (see model.best_layout()): it keeps
+    its proportions, is resized to fit the grid of tiles, and padded with black on the right or below."""
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    layout = best_layout(image.width / size, image.height / size, max_tiles)
+    rows, columns = LAYOUTS[layout]
+    scale = min(columns * size / image.width, rows * size / image.height)
+    sides = [max(1, round(scale * side)) for side in image.size]
+    resized = torch.from_numpy(np.array(image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3)))  # (H, W, 3)
+    tiles = torch.zeros(max_tiles, 3, size, size, dtype=torch.uint8)
+    grid = torch.zeros(3, rows * size, columns * size, dtype=torch.uint8)
+    grid[:, :sides[1], :sides[0]] = resized.permute(2, 0, 1)
+    tiles[:rows * columns] = grid.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return tiles, layout
+
+
+def join_tiles(tiles, layout):
+    """(T, 3, H, W) tiles of one image -> the image, (3, rows * H, columns * W); an image without tiles as it is."""
+    if tiles.dim() == 3:
+        return tiles
+    rows, columns = LAYOUTS[layout]
+    return torch.cat([torch.cat(tuple(row), dim=2) for row in tiles[:rows * columns].split(columns)], dim=1)
+
+
+def to_images(pictures, size, max_tiles=1):
+    """PIL images -> (n, 3, size, size) uint8, squeezed to squares, or with max_tiles > 1 (n, max_tiles, 3, size, size)
+    tiles; and their layouts, (n,)."""
+    n, layouts = len(pictures), torch.zeros(len(pictures), dtype=torch.long)
+    images = torch.empty(n, *[max_tiles] * (max_tiles > 1), 3, size, size, dtype=torch.uint8)
+    for i, picture in enumerate(pictures):
+        if max_tiles > 1:
+            images[i], layouts[i] = to_tiles(picture, size, max_tiles)
+        else:
+            images[i] = to_pixels(picture, size)
+    return images, layouts
 
 
 def middle_frames(frames, n):
@@ -196,15 +233,17 @@ def prepare_command(dataset):
 
 
 def load_photos(dataset, image_size):
-    """The folder data/<dataset> of prepare_flickr8k.py: images, an (n, 3, image_size, image_size) uint8 array; the
-    table of names, captions and splits; and the tokenizer."""
+    """The folder data/<dataset> of prepare_flickr8k.py: images, an (n, 3, image_size, image_size) uint8 array, or one
+    of tiles, (n, T, 3, image_size, image_size); their layouts (n,); the table of names, captions and splits; and the
+    tokenizer."""
     prepare = prepare_command(dataset)
     images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
                             for name in ("images.npy", "captions.json", "tokenizer.json"))
     if images.shape[-1] != image_size:
         fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
-             f"run {prepare} --size={image_size}")
-    return np.array(images), table, tokenizer_from_state(state)
+             f"run {prepare} --size={image_size}" + f" --max_tiles={images.shape[1]}" * (images.ndim == 5))
+    layouts = load_data(f"data/{dataset}/layouts.npy", prepare) if images.ndim == 5 else np.zeros(len(images), np.int64)
+    return np.array(images), np.array(layouts), table, tokenizer_from_state(state)
 
 
 def md5_of(path):

@@ -46,16 +46,17 @@ def printable(text):
 
 
 def side_by_side(images):
-    """(k, 3, H, W) uint8 -> one picture (3, H, k * W and gaps), white between them."""
-    gap = max(1, images.size(3) // 24)
-    return torch.cat(tuple(F.pad(images, (0, gap), value=255)), dim=2)[:, :, :-gap]
+    """Some images, (3, H, W) uint8 each -> one picture with white between them, and below the shorter ones."""
+    gap, H = max(1, images[0].size(2) // 24), max(image.size(1) for image in images)
+    padded = [F.pad(image, (0, gap, 0, H - image.size(1)), value=255) for image in images]
+    return torch.cat(padded, dim=2)[:, :, :-gap]
 
 
 def save_grid(path, images, titles, columns=4, width=34):
     """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row;
     fewer where images are wide. width: characters in a line of text under a square one."""
     aspect = max(image.size(2) / image.size(1) for image in images)
-    wide = min(3 * aspect, 9)  # inches
+    wide = max(1.5, min(3 * aspect, 9))  # inches
     high, columns = min(2.6, 0.87 * wide / aspect), min(len(images), max(1, int(3 * columns / wide)))
     rows, width = math.ceil(len(images) / columns), int(width * wide / 3)
     wrapped = ["\n".join(textwrap.fill(line, width) for line in printable(title).splitlines()) for title in titles]

@@ -31,7 +31,7 @@ class Thing(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How a thing is drawn: middle (2,) and radius, in shares of the image's side; the colour (3,); the shape."""
+    """How a thing is drawn: middle (2,) and radius, in shares of a square image's side; the colour (3,); the shape."""
     middle: np.ndarray
     radius: float
     fill: np.ndarray
@@ -62,11 +62,11 @@ def between(first, last, share):
     return first._replace(middle=mix(first.middle, last.middle), radius=mix(first.radius, last.radius))
 
 
-def draw(looks, ground, size):
-    """[Look] on a ground of one colour -> (3, size, size) uint8"""
+def draw(looks, ground, size, sides=(1, 1)):
+    """[Look] on a ground of one colour -> (3, H, W) uint8; sides: the width and height, in units of size pixels."""
     from PIL import Image, ImageDraw
-    s = 4 * size  # drawn four times as large, then reduced: smooth edges
-    picture = Image.new("RGB", (s, s), ground)
+    s, (width, height) = 4 * size, (round(size * side) for side in sides)
+    picture = Image.new("RGB", (4 * width, 4 * height), ground)  # four times as large, then reduced: smooth edges
     pen = ImageDraw.Draw(picture)
     for middle, radius, fill, shape in looks:
         (x, y), r, fill = s * middle, s * radius, tuple(int(c) for c in fill)
@@ -81,7 +81,7 @@ def draw(looks, ground, size):
             radii = (1.1, 1.1, 1.1) if shape == "triangle" else (1.15, 0.48) * 5
             angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
             pen.polygon([(x + r * q * math.sin(a), y - r * q * math.cos(a)) for q, a in zip(radii, angles)], fill)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BOX)).transpose(2, 0, 1)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def draw_scene(things, size, rng):
@@ -101,6 +101,23 @@ def draw_shapes(n, size, seed):
         words = [text for thing in things for text in (thing.words(), thing.place)]
         captions.append([wording.format(*words) for wording in WORDINGS[len(things)]])
     return images, captions
+
+
+def draw_wide(n, seed):
+    """n PIL images of two to four shapes, wide, square or tall, 3:1 to 1:3, and a caption of each. A shape is 6 to 10
+    pixels wide in a picture of, say, 96 x 32, and 2 to 3 when that is squeezed to 32 x 32."""
+    from PIL import Image
+    rng, pictures, captions = np.random.default_rng(seed), [], []
+    choose = lambda options: options[rng.integers(len(options))]
+    for _ in range(n):
+        places = sorted(rng.permutation(len(PLACES))[:rng.integers(2, 5)])
+        things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in places]
+        sides = np.array(choose([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)]))  # in squares of 32 pixels
+        looks = [look_of(thing, rng) for thing in things]
+        looks = [look._replace(middle=look.middle * sides, radius=1.15 * look.radius) for look in looks]
+        pictures.append(Image.fromarray(draw(looks, background(rng), 32, sides).transpose(1, 2, 0)))
+        captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
+    return pictures, captions
 
 
 def attributes(caption):

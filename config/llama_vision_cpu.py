@@ -1,0 +1,13 @@
+"""Drawn scenes of any proportions, on tiles as in Llama 3.2 Vision, on two CPU cores: five minutes of training.
+@LL@"""
+out_dir = "out/llama_vision_cpu"
+dataset = "wide"
+n_drawn = 20000
+max_tiles = 4
+across_layer = 1
+keep_blocks = (1,)  # intermediate features
+fusion = "cross"
+image_size = 32  # of a tile: 4 x 4 patches
+max_tokens = 80
+max_minutes = 5.0
+eval_interval = 400
