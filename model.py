@@ -260,16 +260,19 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim, max_len, base=10000.0, yarn=1.0, trained_len=0):
         """yarn: factor by which the context of a model that was trained with trained_len positions (0: max_len) is
-        stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned 32 times or more in
-        trained_len keeps its frequency; one that turned once or less is divided by the factor, so that it meets no new
-        angle; a ramp in between. Queries and keys are scaled by 0.1 ln(yarn) + 1: a sharper softmax over more keys."""
+        stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned beta times or more in
+        trained_len keeps its frequency; one that turned alpha times or less is divided by the factor, so that it meets
+        no new angle; a ramp in between. The paper has alpha = 1 and beta = 32 for Llama, and says that they depend on
+        the model; with contexts of hundreds, 0.5 and 2 are better. Queries and keys are scaled by 0.1 ln(yarn) + 1: a
+        sharper softmax over more keys."""
         super().__init__()
         if head_dim % 2:
             raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
         frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (head_dim / 2,), radians a position
         if yarn != 1.0:
             turns = (trained_len or max_len) * frequencies / (2 * math.pi)
-            kept = ((turns - 1) / (32 - 1)).clamp(0, 1)
+            alpha, beta = 0.5, 2.0
+            kept = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
             frequencies = frequencies * (kept + (1 - kept) / yarn)
         angles, size = torch.outer(torch.arange(max_len).float(), frequencies), 0.1 * math.log(yarn) + 1
         self.register_buffer("cos", size * angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)

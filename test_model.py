@@ -273,19 +273,21 @@ def test_rotary_keeps_norms_and_sees_distances_alone():
 
 
 def test_yarn_stretches_slow_pairs_alone():
-    """Peng et al. 2023, definition 3: with L = 256 and base 10,000, pair i of 32 channels turns 40.7 / 10^(i / 4) times
-    in L: 40.7 and more than 32 keeps its frequency, less than once is divided by the factor, the rest is in between."""
+    """Peng et al. 2023, section 3.2, with alpha = 0.5 and beta = 2: of 32 channels, with L = 256 and base 10,000,
+    pair i turns 40.7 / 10^(i / 4) times in L: more than twice keeps its frequency (up to pair 5), less than half is
+    divided by the factor (from pair 8), the rest is in between."""
     plain, yarn = RotaryEmbedding(32, 1024), RotaryEmbedding(32, 1024, yarn=4.0, trained_len=256)
     close(RotaryEmbedding(32, 64, yarn=1.0, trained_len=16).cos, plain.cos[:64])
-    size = 0.1 * math.log(4) + 1  # the square root of 1 / t in equation 22
+    size = 0.1 * math.log(4) + 1  # the square root of 1 / t, section 3.4
     close((yarn.cos ** 2 + yarn.sin ** 2).sqrt(), torch.tensor(size).expand(1024, 32))
     angle = lambda rotary, i: math.atan2(rotary.sin[1, i], rotary.cos[1, i])  # of pair i, at position 1
     for i in range(16):
         turns, theta = 256 / (2 * math.pi) / 10 ** (i / 4), 10 ** (-i / 4)
-        ramp = min(max((turns - 1) / 31, 0), 1)
+        ramp = min(max((turns - 0.5) / 1.5, 0), 1)
         close(torch.tensor(angle(plain, i)), torch.tensor(theta))
         close(torch.tensor(angle(yarn, i)), torch.tensor((1 - ramp) * theta / 4 + ramp * theta))
-    assert abs(angle(yarn, 0) - 1) < 1e-5 and abs(angle(yarn, 15) * 4 / 10 ** (-15 / 4) - 1) < 1e-3
+    assert all(abs(angle(yarn, i) / 10 ** (-i / 4) - 1) < 1e-3 for i in range(6))
+    assert all(abs(angle(yarn, i) * 4 / 10 ** (-i / 4) - 1) < 1e-3 for i in range(8, 16))
     raises(ValueError, "yarn=2.0 stretches rotary", lambda: tiny_gpt(positions="learned", yarn=2.0))
     ids, gpt = torch.randint(20, (1, 16)), shake(tiny_gpt())
     stretched = tiny_gpt(block_size=64, yarn=4.0, trained_len=16)
