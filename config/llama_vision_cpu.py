@@ -1,5 +1,4 @@
-"""Drawn scenes of any proportions, on tiles as in Llama 3.2 Vision, on two CPU cores: five minutes of training.
-@LL@"""
+"""Drawn scenes, wide, square and tall, on tiles as in Llama 3.2 Vision, on two CPU cores: five minutes of training."""
 out_dir = "out/llama_vision_cpu"
 dataset = "wide"
 n_drawn = 20000

@@ -1,5 +1,4 @@
-"""Drawn shapes with the parts of MiniMind-V, on two CPU cores: two minutes of training, no download.
-@MM@"""
+"""Drawn shapes with the parts of MiniMind-V, on two CPU cores: two minutes of training, no download."""
 out_dir = "out/minimind_v_cpu"
 fusion = "prefix"  # image tokens stand before the words
 connector = "mlp"
