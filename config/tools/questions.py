@@ -13,8 +13,8 @@ from config.tools.shapes import COLOURS, PLACES, RADII, SHAPES, SIZES, Thing, be
 
 VALUES = {"size": SIZES, "colour": list(COLOURS), "shape": SHAPES}
 GRID = {divmod(i, 3): place for i, place in enumerate(PLACES)}  # (row, column) -> place
-ONE_IMAGE = ("caption", "count", "exists", "size", "colour", "shape", "place", "relation", "relation", "follow-up",
-             "follow-up")  # the conversations about each
+ONE_IMAGE = ("caption", "count", "count", "exists", "size", "colour", "shape", "place", "relation", "follow-up",
+             "follow-up")  # the conversations about each; counting is the hardest
 NUMBERS = ("none", "one", "two", "three", "four", "five")
 WAYS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # rows and columns
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
