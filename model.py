@@ -262,9 +262,9 @@ class RotaryEmbedding(nn.Module):
         """yarn: factor by which the context of a model that was trained with trained_len positions (0: max_len) is
         stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned beta times or more
         in trained_len keeps its frequency; one that turned alpha times or less is divided by the factor, so that it
-        meets no new angle; a ramp in between. The paper has alpha = 1 and beta = 32 for Llama, and says that they depend
-        on the model; with contexts of hundreds, 0.5 and 2 are better. Queries and keys are scaled by 0.1 ln(yarn) + 1: a
-        sharper softmax over more keys."""
+        meets no new angle; a ramp in between. The paper has alpha = 1 and beta = 32 for Llama, and says that they
+        depend on the model; with contexts of hundreds, 0.5 and 2 are better. Queries and keys are scaled by 0.1
+        ln(yarn) + 1: a sharper softmax over more keys."""
         super().__init__()
         if head_dim % 2:
             raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
