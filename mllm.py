@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +32,9 @@ import torch
 
 import config
 from config.tools.data import augment_photos, join_tiles, load_photos, open_images, to_images
-from config.tools.metrics import bleu, caption_scores, cider, nearest_captions
+from config.tools.judges import Judges
+from config.tools.metrics import CiderD, bleu, caption_scores, cider, document_frequencies, most_alike, \
+    nearest_captions, words_of
 from config.tools.pictures import draw_places, plot, save_grid, side_by_side
 from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_clip_vit, load_gpt2
 from config.tools.questions import draw_conversations
@@ -58,6 +61,7 @@ dataset = "shapes"  # drawn here, as are questions and wide; or a folder under d
 n_drawn = 10000  # images, or groups of them, to draw; a twentieth, at most 500, to validate and as many to test
 image_size = 48  # pixels a side that the model sees
 max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles of that size; needs fusion=cross
+train_size = 0  # pixels a side of what is seen of a training photo, crops look larger than photos; 0: image_size
 crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
 mirror = False  # mirror half of the training photos, but none with a caption in the batch that says left or right
@@ -87,6 +91,7 @@ gpt_activation = "gelu"  # relu, gelu or swiglu
 n_experts = 0  # feed-forward layers in each of its blocks, a mixture of experts; 0: one dense layer
 experts_per_token = 2  # how many of them a token passes through
 dropout = 0.0  # in the ViT and the GPT
+patch_dropout = 0.0  # share of the patches that the ViT does not get in training; needs fusion=cross
 label_smoothing = 0.0  # share of the target that is spread over all words, in the training loss alone
 # optimization
 align_share = 0.0  # part of the run for the phase align: captions alone, and what a checkpoint brought is frozen
@@ -105,6 +110,7 @@ beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
 num_captions = 1  # with image: captions of each
+consensus = 0  # with eval_only: also caption by so many samples, of which the one most like the others is taken
 
 
 # data ----------------------------------------------------------------------------------------------------------------
@@ -290,7 +296,7 @@ def get_batch(model, data, groups):
     if "features" in data:
         images = data["features"][numbers].to(dev)
     else:
-        images = augment_photos(data["images"][numbers].to(dev), texts, crop, jitter, mirror)
+        images = augment_photos(data["images"][numbers].to(dev), texts, crop, jitter, mirror, train_size)
     return images, *(None if tensor is None else tensor.to(dev)
                      for tensor in (data["layouts"][numbers], which, inputs, targets, segments))
 
@@ -348,12 +354,16 @@ def answer_batches(model, data, samples, **decoding):
             yield rows, some, prompts, model.generate(some, prompts, model.config.gpt.block_size, **decoding)
 
 
-def write_answers(model, data, samples, **decoding):
-    """What the model says next in each sample's conversation, a list of str; and whether it ended each."""
-    answers = {}
+def write_answers(model, data, samples, scorer=None, **decoding):
+    """What the model says next in each sample's conversation, a list of str; and whether it ended each. Where decoding
+    has num_captions, of these the one most like the others, by the CiderD scorer."""
+    answers, each = {}, decoding.get("num_captions", 1)
     for rows, _, _, ids in answer_batches(model, data, samples, **decoding):
-        answers |= {i: (data["tokenizer"].decode(row), data["tokenizer"].eos_id in row)
-                    for i, row in zip(rows, ids.tolist())}
+        for j, i in enumerate(rows):
+            some = ids[j * each:(j + 1) * each].tolist()
+            texts = [data["tokenizer"].decode(row) for row in some]
+            best = most_alike(texts, scorer) if each > 1 else 0
+            answers[i] = texts[best], data["tokenizer"].eos_id in some[best]
         config.show_progress(f"{len(answers)} answers written")
     config.show_progress("")
     return [list(column) for column in zip(*(answers[i] for i in range(len(samples))))]
@@ -367,11 +377,10 @@ def answer_mask(ids, eos_id):
 def answer_log_probs(model, tokens, prompts, ids):
     """The log-probabilities (b * K, T) of ids (b * K, T), K answers to each of the prompts (b, Tp); 0 after their end.
     tokens: (b * k, N, C), of the k images of each prompt."""
-    b, K = len(prompts), len(ids) // len(prompts)
-    tokens = tokens.unflatten(0, (b, len(tokens) // b)).repeat_interleave(K, dim=0).flatten(0, 1)
+    K = len(ids) // len(prompts)
     prompts = prompts.repeat_interleave(K, dim=0)
     mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), answer_mask(ids, model.config.eos_id)), dim=1)
-    return model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask)[:, prompts.size(1):]
+    return model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask, copies=K)[:, prompts.size(1):]
 
 
 @torch.no_grad()
@@ -398,26 +407,38 @@ def is_right(prompt, answer, references):
 
 
 def evaluate(model, data, split, **decoding):
-    """(scores, answers) of a split, by greedy decoding unless decoding says otherwise: what caption_scores() gives; and
-    the share of the answers that are right, for drawn images and questions."""
+    """(scores, answers, answers written in a second) of a split, by greedy decoding unless decoding says otherwise: what
+    caption_scores() and the judges give; and the share of the answers that are right, for drawn images and questions."""
     prompts, references = prompts_of(data["splits"][split])
+    began = time.perf_counter()
     said, ended = write_answers(model, data, prompts, **decoding)
+    pace = len(said) / (time.perf_counter() - began)
     scores = caption_scores(said, ended, references)
+    if "judges" in data and not data["asks"]:
+        scores |= data["judges"].scores(said, [prompt["images"][0] for prompt in prompts])
     if data["drawn"] or data["asks"]:
         scores["right"] = 100 * float(np.mean(list(map(is_right, prompts, said, references))))
-    return scores, said
+    return scores, said, pace
 
 
-def evaluate_both(model, data, split, beams, length_penalty):
-    """(scores, captions) of evaluate(), greedy; with beam_cider and beam_bleu4, the scores of a beam search, and
-    cider_others, against all references but the first, as people are scored."""
-    scores, captions = evaluate(model, data, split)
+def evaluate_decodings(model, data, split, beams, length_penalty, consensus=0):
+    """(scores, captions) of evaluate(), greedy, and cider_others, against all references but the first, as people are
+    scored; with beam_cider and so on, the scores of a beam search, and consensus_cider and so on, those of most_alike()
+    of so many samples at temperature 0.5."""
+    scores, captions, scores["per_second"] = evaluate(model, data, split)
     others = [refs[1:] for refs in prompts_of(data["splits"][split])[1]]
     if all(others):
         scores["cider_others"] = 100 * cider(captions, others)[0]
-    if beams > 1:
-        by_beams, _ = evaluate(model, data, split, beams=beams, length_penalty=length_penalty)
-        scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
+    ways = {"beam": {"beams": beams, "length_penalty": length_penalty}} if beams > 1 else {}
+    if consensus > 1:
+        told = [[words_of(text) for text in refs] for refs in prompts_of(data["splits"]["train"])[1]]
+        generator = torch.Generator(config.device_of(model)).manual_seed(0)
+        ways["consensus"] = {"num_captions": consensus, "temperature": 0.5, "generator": generator,
+                             "scorer": CiderD([], document_frequencies(told))}
+    for way, decoding in ways.items():
+        its, _, pace = evaluate(model, data, split, **decoding)
+        scores |= {f"{way}_{name}": its[name] for name in ("cider", "bleu4", "surprising") if name in its}
+        scores[f"{way}_per_second"] = pace
     return scores, captions
 
 
@@ -486,7 +507,8 @@ def build_model(tokenizer, max_images):
     if vit_ckpt:
         vit = load_clip_vit(vit_ckpt) if is_pretrained(vit_ckpt) else config.load(vit_ckpt, "vit")
         vit_config = dataclasses.replace(ViTConfig(**vit["config"].get("vit", vit["config"])), dropout=dropout)
-    vit_config = dataclasses.replace(vit_config, max_tiles=max_tiles, across_layer=across_layer, keep=keep_blocks)
+    vit_config = dataclasses.replace(vit_config, max_tiles=max_tiles, across_layer=across_layer, keep=keep_blocks,
+                                     patch_dropout=patch_dropout)
     if gpt_ckpt:
         gpt = load_gpt2(gpt_ckpt) if is_pretrained(gpt_ckpt) else config.load(gpt_ckpt, "gpt")
         if gpt["tokenizer"] != tokenizer.state():
@@ -540,7 +562,9 @@ def data_of(model, checkpoint):
     """The data that a captioner was trained on, as of fit(), with the tokenizer of its checkpoint."""
     sft = checkpoint.get("sft_settings", checkpoint["settings"])  # those of the run of this stage
     data = load_samples(sft["dataset"], sft["image_size"], sft["n_drawn"], sft.get("max_tiles", 1))
-    return fit(data | {"tokenizer": tokenizer_from_state(checkpoint["tokenizer"])}, model)
+    data["tokenizer"] = tokenizer_from_state(checkpoint["tokenizer"])
+    data["judges"] = Judges(sft["gpt_ckpt"], sft["vit_ckpt"], data["images"], config.device_of(model))
+    return fit(data, model)
 
 
 @torch.no_grad()
@@ -648,7 +672,7 @@ def talk(model, checkpoint, settings):
 
 def print_baselines(model, data, split):
     """A table of what people, the nearest training photos' captions and the model (or None) score on a split, all
-    against the references but the first, which is the caption of the people."""
+    against the references but the first, which is the caption of the people; and what the judges say."""
     if data["asks"]:
         config.fail("the baselines are captions; these samples hold questions")
     photos, texts = {}, {}
@@ -663,10 +687,14 @@ def print_baselines(model, data, split):
     captions["nearest training photos"] = nearest_captions(data["images"].flatten(1, -3), texts, train, photos)
     if model:
         captions["this model, greedy"] = evaluate(model, data, split)[1]
-    print(f"{split:<24}{'CIDEr':>8}" + "".join(f"{f'BLEU-{n}':>8}" for n in range(1, 5)))
+    table = {}
     for name, said in captions.items():
         values = 100 * np.array([cider(said, others)[0], *bleu(said, others)])
-        print(f"{name:<24}" + "".join(f"{value:>8.1f}" for value in values))
+        table[name] = dict(zip(("cider", "bleu1", "bleu2", "bleu3", "bleu4"), values))
+        table[name] |= data["judges"].scores(said, photos)
+    print(f"{split:<24}" + "".join(f"{name:>11}" for name in table["people"]))
+    for name, scores in table.items():
+        print(f"{name:<24}" + "".join(f"{value:>11.2f}" for value in scores.values()))
 
 
 def use(path, stage, settings):
@@ -680,7 +708,8 @@ def use(path, stage, settings):
     data, split = data_of(model, checkpoint), settings["eval_split"]
     if not settings["eval_only"]:
         return print_baselines(model, data, split)
-    scores, said = evaluate_both(model, data, split, settings["beams"], settings["length_penalty"])
+    scores, said = evaluate_decodings(model, data, split, settings["beams"], settings["length_penalty"],
+                                 settings["consensus"])
     if "right" in scores:
         print_kinds(model, data, split, said)
     print(f"{path}, step {checkpoint['step']}, {split}: "
@@ -703,7 +732,8 @@ def train(model, data, phase, settings, resumed, before):
     end = align_share if phase == "align" else 1.0  # the share of the run at which the phase ends
     run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before)
     run_model = config.maybe_compile(model, compile)
-    if phase == "sft" and not train_vit and crop == 1 and not jitter and not mirror and max_tiles == 1:
+    same_view = crop == 1 and not jitter and not mirror and not train_size and not patch_dropout and max_tiles == 1
+    if phase == "sft" and not train_vit and same_view:
         data["features"] = frozen_features(model, data["images"], data["layouts"])
 
     while True:
@@ -714,7 +744,7 @@ def train(model, data, phase, settings, resumed, before):
                 numbers, scores = {"phase": phase, "val": validation_loss(model, data, "val")}, {}
                 score = -numbers["val"]
                 if phase == "sft":
-                    scores, captions = evaluate(model, data, "val")
+                    scores, captions, _ = evaluate(model, data, "val")
                     # for drawn images CIDEr tells which of the five wordings it chose, more than whether it is right
                     score = scores.get("right", scores["cider"])
                     draw_answers(run.out / ("answers.png" if data["asks"] else "captions.png"), data, "val", captions)
@@ -757,12 +787,14 @@ def main(argv=None):
     data = load_samples(dataset, image_size, n_drawn, max_tiles)
     if max_tiles > 1 and (crop < 1 or jitter or mirror):
         config.fail("tiles are not augmented: with max_tiles above 1, crop is 1, jitter 0 and mirror False")
+    dev = config.pick_device(device)
+    data["judges"] = Judges(gpt_ckpt, vit_ckpt, data["images"], dev)
     if baselines:
         return print_baselines(None, data, eval_split)
     if is_pretrained(gpt_ckpt):
         data["tokenizer"] = gpt2_tokenizer(gpt_ckpt)
 
-    dev, resumed = config.pick_device(device), config.resume("mllm", settings, tokenizer=data["tokenizer"].state())
+    resumed = config.resume("mllm", settings, tokenizer=data["tokenizer"].state())
     torch.manual_seed(seed)
     if resumed:
         model, origin = MLLM(MLLMConfig.from_dict(resumed["config"])), {"vit": out, "connector": out, "gpt": out}
@@ -786,7 +818,7 @@ def main(argv=None):
         return
     plot(out, right=("val_right" if data["drawn"] or data["asks"] else "val_cider",))
     model.load_state_dict(config.load(out / "sft.pt", "mllm")["model"])
-    scores, said = evaluate_both(model, data, "test", beams, length_penalty)
+    scores, said = evaluate_decodings(model, data, "test", beams, length_penalty)
     kinds = print_kinds(model, data, "test", said) if "right" in scores else {}
     run.log({}, file_only={f"test_{name}": value for name, value in (scores | kinds).items()})
     print("test: " + " | ".join(f"{name} {value:.2f}" for name, value in scores.items()))

@@ -532,11 +532,13 @@ class DecoderBlock(EncoderBlock):
         self.cross_gate = nn.Parameter(torch.zeros(1)) if cross and gated else None
 
     def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None, positions=None):
-        """x: (B, T, C); memory: (B, Tm, C) or None: no cross-attention; cache: KVCache of self- and of cross-attn."""
+        """x: (B, T, C); memory: (B, Tm, C) or None: no cross-attention; cache: KVCache of self- and of cross-attn. Or x
+        has K times as many rows, and K in turn share a memory, whose keys and values are then computed once."""
         self_cache, cross_cache = cache or (None, None)
         x = x + self.drop(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache, positions=positions))
         if self.cross_attn is not None and memory is not None:
-            attended = self.cross_attn(self.cross_norm(x), memory, memory_mask, cache=cross_cache)
+            asking = self.cross_norm(x).view(len(memory), -1, x.size(2))  # (B, K * T, C)
+            attended = self.cross_attn(asking, memory, memory_mask, cache=cross_cache).view_as(x)
             x = x + self.drop(attended if self.cross_gate is None else self.cross_gate.tanh() * attended)
         return x + self.ff(self.norm2(x))
 
@@ -651,8 +653,11 @@ class ViTConfig:
     max_tiles: int = 1  # above 1, an image is up to so many tiles of image_size; see TileEmbedding
     across_layer: int = 0  # further blocks, in which the patches of all tiles of an image attend to each other
     keep: tuple = ()  # indices of blocks whose outputs stand beside the last in features()
+    patch_dropout: float = 0.0  # share of the patches that are left out in training
 
     def __post_init__(self):
+        if self.patch_dropout and (self.class_token or self.max_tiles > 1):
+            raise SettingError("patch_dropout is for images without class token and tiles")
         if list(self.keep) != [i for i in range(self.n_layer) if i in self.keep]:
             raise SettingError(f"keep={self.keep} are not some of the blocks 0 to {self.n_layer - 1}, in order")
 
@@ -780,7 +785,8 @@ class ViT(nn.Module):
         return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
 
     def features(self, images, layouts=None):
-        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row, of n_features channels. Of tiles, (M, T,
+        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row, of n_features channels; in training with
+        patch_dropout those of some patches, in any order. Of tiles, (M, T,
         3, H, W) with their layouts (M,), numbers in LAYOUTS: (M, T * N, C), zeros in the tiles that a layout lacks."""
         c, tiled = self.config, images.dim() == 5
         H, W = (pixels // c.patch_size for pixels in images.shape[-2:])
@@ -790,6 +796,10 @@ class ViT(nn.Module):
             x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
         if tiled:
             x = self.tiles_before(x.unflatten(0, images.shape[:2]), layouts).flatten(0, 1)
+        if self.training and c.patch_dropout:  # faster, and harder to memorise (FLIP, Li et al. 2023)
+            n = x.size(1) - int(c.patch_dropout * x.size(1))
+            kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :n, None]  # (B, n, 1)
+            x = x.gather(1, kept.expand(-1, -1, x.size(2)))
         x = self.encoder(self.drop(self.pre_norm(x)), keep=c.keep)[:, c.class_token:]  # each tile by itself
         if not tiled:
             return x
@@ -849,7 +859,9 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # of the likelier tokens together
         logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # one random number a row; torch.multinomial draws one a token
+    drawn = torch.rand(len(logits), 1, device=logits.device, generator=generator) * (1 - 1e-6) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)  # the first that is greater
 
 
 class GPT(nn.Module):
@@ -878,7 +890,8 @@ class GPT(nn.Module):
 
     def hidden(self, x, caches=None, memory=None, memory_mask=None, mask=None, positions=None):
         """(B, T, C) embeddings -> (B, T, C), ready for self.head. caches: of self.decoder.new_caches(); memory: (B, Tm,
-        C), what the blocks with cross-attention attend to, where memory_mask (B, 1, T, Tm) allows it. mask (B, 1, T,
+        C), what the blocks with cross-attention attend to, where memory_mask (B, 1, T, Tm) allows it, or a part of the
+        rows, see DecoderBlock. mask (B, 1, T,
         T), in addition to the causal one, and positions (B, T) serve several texts in one row; see MLLM."""
         start = caches[0][0].length if caches else 0
         last = start + x.size(1) if positions is None else int(positions.max()) + 1
@@ -908,16 +921,15 @@ class GPT(nn.Module):
         return logits, loss + self.balance_loss()
 
     def _read_prompt(self, ids, copies, embeddings, memory, memory_mask):
-        """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies, vocab_size)
-        and, for so many rows, caches, memory, and the mask of the last position, which holds for what follows."""
+        """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies, vocab_size),
+        caches of so many rows, and the memory's mask of the last position, which holds for what follows."""
         caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
         x = self.embedding(ids) if embeddings is None else embeddings
         logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
         rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(copies)
-        for cache in (cache for pair in caches for cache in pair):
+        for cache, _ in caches:  # the copies share the memory
             cache.select(rows)
-        memory = None if memory is None else memory[rows]
-        return logits[rows], caches, memory, None if memory_mask is None else memory_mask[rows, :, -1:]
+        return logits[rows], caches, None if memory_mask is None else memory_mask[:, :, -1:]
 
     @torch.no_grad()
     def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
@@ -933,8 +945,8 @@ class GPT(nn.Module):
         with evaluating(self):
             for i in range(max_new_tokens):
                 if i == 0:
-                    logits, caches, memory, memory_mask = self._read_prompt(
-                        ids[:, -block_size:], num_samples, embeddings, memory, memory_mask)
+                    logits, caches, memory_mask = self._read_prompt(ids[:, -block_size:], num_samples, embeddings,
+                                                                    memory, memory_mask)
                 else:
                     x = columns[-1][:, None]  # (B, 1)
                     if caches[0][0].length == block_size:
@@ -975,7 +987,7 @@ class GPT(nn.Module):
         with evaluating(self):
             while tokens.size(2) < max_new_tokens and not ended.all():
                 if tokens.size(2) == 0:
-                    logits, caches, memory, memory_mask = self._read_prompt(ids, beams, embeddings, memory, memory_mask)
+                    logits, caches, memory_mask = self._read_prompt(ids, beams, embeddings, memory, memory_mask)
                 else:
                     x = self.embedding(token.view(-1, 1))  # (B * beams, 1, C)
                     logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
@@ -988,7 +1000,7 @@ class GPT(nn.Module):
                 total, length = candidates.flatten(1).gather(1, best), lengths.gather(1, beam)
                 ended = ended.gather(1, beam) | (token == eos_id)
                 tokens = torch.cat((tokens.gather(1, beam[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2)
-                for cache, _ in caches:  # all beams of a prompt have the same memory
+                for cache, _ in caches:  # all beams of a prompt share the memory
                     cache.select((first + beam).flatten())
         return tokens, scores
 
@@ -1062,6 +1074,8 @@ class MLLMConfig:
         choose(CONNECTORS, connector=self.connector)
         if self.vit.max_tiles > 1 and not self.gpt.cross_every:
             raise SettingError("tiles are attended: max_tiles above 1 takes cross-attention, fusion=cross")
+        if self.vit.patch_dropout and (self.connector == "pixel_shuffle" or not self.gpt.cross_every):
+            raise SettingError("patch_dropout takes fusion=cross and a connector that takes each patch by itself")
 
     @classmethod
     def from_dict(cls, d):
@@ -1119,13 +1133,19 @@ class MLLM(nn.Module):
         tokens = self.connector(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # (M, T, N, C)
         return (tokens * tiles.any(dim=(2, 3))[:, :, None, None]).flatten(1, 2)
 
-    def embed(self, images, ids):
+    def embed(self, images, ids, copies=1):
         """ids (B, T) -> x (B, T, C), the embeddings of words and images; and the memory of GPT.hidden() and its mask.
         Without cross-attention both are None. With it the memory is (B, Tm, C), Tm the image tokens of the row with the
-        most images; the mask (B, 1, T, Tm) is None where every position may attend to everything."""
+        most images; the mask (B, 1, T, Tm) is None where every position may attend to everything. copies: so many rows
+        in turn have the same placeholders, their images are given once, and memory and mask have B / copies rows."""
+        is_image = ids == IMAGE_ID  # (B, T)
+        if copies > 1:
+            first, memory, memory_mask = self.embed(images, ids[::copies])
+            words = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
+            first = first.repeat_interleave(copies, dim=0)
+            return torch.where(is_image[:, :, None], first, words), memory, memory_mask
         tokens = images if images.dim() == 3 else self.encode(images)  # (M, N, C)
         M, N, C = tokens.shape
-        is_image = ids == IMAGE_ID  # (B, T)
         if is_image.sum() != (M if self.config.gpt.cross_every else M * N):
             raise ValueError(f"{is_image.sum()} placeholders for {M} images of {N} tokens each")
         x = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
@@ -1190,12 +1210,13 @@ class MLLM(nn.Module):
         loss = F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
         return None, loss + self.gpt.balance_loss()
 
-    def log_probs(self, images, ids, mask=None):
-        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask."""
+    def log_probs(self, images, ids, mask=None, copies=1):
+        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask.
+        copies: how many rows in turn are about the same images, which are given once."""
         wanted = ids != IMAGE_ID if mask is None else mask & (ids != IMAGE_ID)
         targets = ids.masked_fill(~wanted, IGNORE_INDEX)[:, 1:]  # (B, T - 1)
-        x, memory, memory_mask = self.embed(images, ids)
-        memory_mask = None if memory_mask is None else memory_mask[:, :, :-1]
+        x, memory, memory_mask = self.embed(images, ids, copies)
+        memory_mask = None if memory_mask is None else memory_mask[:, :, :-1].repeat(1, 1, copies, 1)
         logits, where = self._scored_logits(self.gpt.hidden(x[:, :-1], None, memory, memory_mask), targets)
         log_p = -F.cross_entropy(logits, targets.flatten()[where], reduction="none")  # (n,)
         return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where, log_p).view_as(targets), (1, 0))

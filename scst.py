@@ -21,7 +21,9 @@ Departures from the paper:
 - the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
   middle of "in front of a", which costs CIDEr nothing
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
-- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
+- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004); how likely the
+  words are to the language model of stage 2 (sense_weight), since n-grams do not ask for sense; and how near CLIP finds
+  the caption to the photo (clip_weight)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
@@ -55,12 +57,18 @@ beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
 num_captions = 1  # with image: captions of each
-# reward: cider_weight * CIDEr-D (0 to 10) + bleu_weight * smoothed sentence BLEU-4 (0 to 1) + exact_weight * (0 or 1)
-cider_weight = 1.0  # CIDEr-D alone, as in the paper
-bleu_weight = 0.0  # BLEU-4 of a sentence, smoothed by one from n = 2 on
-exact_weight = 0.0  # whether the answer is right, word for word
+consensus = 0  # with eval_only: also caption by so many samples, of which the one most like the others is taken
+# reward: the sum of these terms, each times its weight
+cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
+bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
+exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
+sense_weight = 0.0  # minus 0 to 1: how surprising its least likely word is to the GPT of stage 2, before stage 3
+clip_weight = 0.0  # the cosine (-1 to 1) of caption and photo, under the CLIP of stage 1
+# and beside the reward
+xe_weight = 0.0  # cross-entropy of a caption of each photo by people, added to the loss
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
+max_sample_tokens = 0  # longer samples end there, without an end token; 0: as long as fits the context
 samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
 batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
@@ -76,29 +84,44 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu2", "bleu3", "bleu4", "length", "broken", "distinct",
-         "right")
+SENSE = 5.0, 8.0  # nats of the least likely token: below, nothing is lost, so that what is bland does not pay
+TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu4", "length", "broken", "distinct", "nats", "surprising",
+         "clip", "right")
 
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores word lists against references, such as the captions of the training photos: a list of str for each."""
+    """Scores captions against references, such as those of the training photos: a list of str for each. photos: the
+    image of each, which the judges of config.tools.judges are asked about; judges: None where they have no weight."""
 
-    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0):
+    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0, sense_weight=0.0, clip_weight=0.0,
+                 judges=None, photos=None):
+        self.texts, self.judges, self.photos = references, judges, photos
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
         self.cider_weight, self.bleu_weight, self.exact_weight = cider_weight, bleu_weight, exact_weight
+        self.sense_weight, self.clip_weight = sense_weight, clip_weight
         self.cider = CiderD(self.references)
+        for name, weight in (("gpt", sense_weight), ("clip", clip_weight)):
+            if weight and not getattr(judges, name, None):
+                config.fail(f"the captioner did not start from a {name}_ckpt that is still there; a reward needs it")
 
-    def __call__(self, captions, photos):
-        """captions: n word lists, END last where the model ended it; photos: whose references are meant -> (n,)"""
-        scores = self.cider_weight * self.cider.scores(captions, photos)
+    def __call__(self, texts, ended, rows):
+        """n captions, whether the model ended each, and whose references are meant -> (n,)"""
+        words = to_words(texts, ended)
+        scores = self.cider_weight * self.cider.scores(words, rows)
         if self.bleu_weight:
-            bleu4 = [bleu_of_words([words], [self.references[photo]], smooth=1)[3]
-                     for words, photo in zip(captions, photos, strict=True)]
+            bleu4 = [bleu_of_words([each], [self.references[row]], smooth=1)[3]
+                     for each, row in zip(words, rows, strict=True)]
             scores += self.bleu_weight * np.array(bleu4)
         if self.exact_weight:
-            exact = [words in self.references[photo] for words, photo in zip(captions, photos, strict=True)]
+            exact = [each in self.references[row] for each, row in zip(words, rows, strict=True)]
             scores += self.exact_weight * np.array(exact)
+        if self.sense_weight:
+            low, high = SENSE
+            worst = self.judges.nats(texts).amax(dim=1).numpy()
+            scores -= self.sense_weight * np.clip((worst - low) / (high - low), 0, 1)
+        if self.clip_weight:
+            scores += self.clip_weight * self.judges.cosines(texts, [self.photos[row] for row in rows]).numpy()
         return torch.from_numpy(scores).float()
 
 
@@ -161,9 +184,16 @@ def train(run, model, optimizers, data, reward, prompts, **about):
 
     def write(tokens, ids, **decoding):
         with config.autocast(model):
-            ids = model.generate(tokens.detach(), ids, model.config.gpt.block_size, **decoding)
+            ids = model.generate(tokens.detach(), ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
         rows = ids.tolist()
-        return ids, to_words(map(tokenizer.decode, rows), [tokenizer.eos_id in row for row in rows])
+        return ids, list(map(tokenizer.decode, rows)), [tokenizer.eos_id in row for row in rows]
+
+    def xe_loss(tokens, ids, rows):
+        texts = [reward.texts[row][torch.randint(len(reward.texts[row]), ()).item()] for row in rows]
+        told = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+        T = max(map(len, told))
+        told = torch.tensor([each + [tokenizer.eos_id] * (T - len(each)) for each in told], device=dev)  # (b, T)
+        return -mllm.answer_log_probs(model, tokens, ids, told).sum() / mllm.answer_mask(told, tokenizer.eos_id).sum()
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -171,10 +201,10 @@ def train(run, model, optimizers, data, reward, prompts, **about):
         if run.due():
             with run.paused():
                 numbers = {name: float(np.mean([row[name] for row in history])) for name in (history or [{}])[0]}
-                greedy = to_words(*mllm.write_answers(model, data, [prompts[i] for i in fixed]))
-                numbers["greedy"] = reward(greedy, fixed).mean().item()
+                greedy = mllm.write_answers(model, data, [prompts[i] for i in fixed])
+                numbers["greedy"] = reward(*greedy, fixed).mean().item()
                 scores = {f"val_{name}": value for name, value in mllm.evaluate(model, data, "val")[0].items()}
-                brief = ("val_cider", "val_bleu4", "val_broken", "val_distinct", "val_right")
+                brief = ("val_cider", "val_bleu4", "val_broken", "val_distinct", "val_surprising", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
                 run.log(numbers, factor * lr, per_step * samples, "captions", file_only=scores)
                 run.save(scores["val_right" if exact_weight else "val_cider"], **about)
@@ -190,30 +220,34 @@ def train(run, model, optimizers, data, reward, prompts, **about):
             asked, draft = [prompts[i] for i in some], []
             numbers = list(dict.fromkeys(i for prompt in asked for i in prompt["images"]))
             texts = [[text for i in some if number in prompts[i]["images"]
-                      for text in mllm.texts_of([prompts[i]]) + list(map(" ".join, reward.references[i]))]
+                      for text in mllm.texts_of([prompts[i]]) + reward.texts[i]]
                      for number in numbers]
-            images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"])
+            images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"],
+                                    sft.get("train_size", 0))
             with config.autocast(model):
                 layouts = data["layouts"][numbers].to(dev)
                 all_tokens = model.encode(images, layouts)  # (M, N, C), once for all K samples; as mllm.py trained it
             for rows, ids, its_images in mllm.prompts_by_length(model, data, asked):
                 tokens, places = all_tokens[[numbers.index(i) for i in its_images]], [some[i] for i in rows]
-                sampled, captions = write(tokens, ids, temperature=1.0, num_captions=samples)  # (b * K, T)
-                greedy = write(tokens, ids)[1] if baseline == "greedy" else None
+                sampled, *captions = write(tokens, ids, temperature=1.0, num_captions=samples)  # (b * K, T)
+                greedy = write(tokens, ids)[1:] if baseline == "greedy" else None
                 in_reward -= time.perf_counter()
-                rewards = reward(captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
-                advantage = advantages(rewards, None if greedy is None else reward(greedy, places))
+                rewards = reward(*captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
+                advantage = advantages(rewards, None if greedy is None else reward(*greedy, places))
                 in_reward += time.perf_counter()
-                draft.append((tokens, ids, sampled, advantage.flatten().to(dev)))
-                said, values = said + captions, values + [rewards]
+                draft.append((tokens, ids, sampled, advantage.flatten().to(dev), places))
+                said, values = said + to_words(*captions), values + [rewards]
             drafts.append(draft)
         n_tokens, = config.sum_numbers(sum(mllm.answer_mask(sampled, tokenizer.eos_id).sum().item()
-                                           for draft in drafts for _, _, sampled, _ in draft), device=dev)
+                                           for draft in drafts for _, _, sampled, *_ in draft), device=dev)
         loss = 0.0
         for draft in drafts:  # learn from them
             with config.autocast(model):
                 part = sum(scst_loss(mllm.answer_log_probs(model, tokens, ids, sampled), advantage)
-                           for tokens, ids, sampled, advantage in draft) / n_tokens  # of the loss of the batch
+                           for tokens, ids, sampled, advantage, _ in draft) / n_tokens  # of the loss of the batch
+                if xe_weight:
+                    part = part + xe_weight * sum(xe_loss(tokens, ids, places) * len(places) / per_step
+                                                  for tokens, ids, _, _, places in draft)
             part.backward()
             loss += part.detach()
         loss = config.update(model, optimizers, loss, factor, grad_clip)
@@ -243,7 +277,8 @@ def main(argv=None):
     model.vit.requires_grad_(train_vit)
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
-    reward = Reward(references, cider_weight, bleu_weight, exact_weight)
+    reward = Reward(references, cider_weight, bleu_weight, exact_weight, sense_weight, clip_weight, data["judges"],
+                    [(prompt["images"] or [None])[0] for prompt in prompts])
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt")
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
@@ -257,7 +292,7 @@ def main(argv=None):
     for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
         for split in ("val", "test"):
-            scores, said = mllm.evaluate_both(model, data, split, beams, length_penalty)
+            scores, said = mllm.evaluate_decodings(model, data, split, beams, length_penalty)
             print(f"{when:<7}{split:<6}" + "".join(f"{scores.get(name, np.nan):>13.2f}" for name in TABLE))
             if split == "val":
                 best.append(scores["right" if exact_weight else "cider"])

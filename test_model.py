@@ -48,7 +48,7 @@ import prepare_flickr8k
 import prepare_shakespeare
 import scst
 import vit
-from config.tools import conversations, data, metrics, pictures, pretrained, questions, shapes
+from config.tools import conversations, data, judges, metrics, pictures, pretrained, questions, shapes
 from config.tools.data import to_pixels
 from config.tools.metrics import bleu, cider, ends_badly, words_of
 from model import (
@@ -637,6 +637,19 @@ def test_vit_positions_are_plain_at_the_native_size_and_interpolated_at_others()
     assert model.features(torch.zeros(2, 3, 28, 12)).shape == (2, 21, 16)
 
 
+def test_patches_are_left_out_in_training_alone():
+    model, images = shake(tiny_vit(patch_dropout=0.5)), photos(2)
+    whole, part = model.eval().features(images), model.train().features(images)
+    assert whole.shape[1] == 4 and part.shape[1] == 2
+    model.config = replace(model.config, patch_dropout=0.0)
+    close(model.features(images), whole)  # there is no other dropout
+    raises(ValueError, "class token", lambda: ViTConfig(patch_dropout=0.5, class_token=True))
+    dropped = ViTConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=16, patch_dropout=0.5)
+    raises(ValueError, "fusion=cross", MLLMConfig, dropped, tiny_gpt_config())
+    model = shake(tiny_mllm(vit=dropped, gpt=tiny_gpt_config(cross_every=1))).train()
+    assert torch.isfinite(model(images, torch.tensor([[IMAGE_ID, 1, 5]] * 2), torch.tensor([[-1, 5, 2]] * 2))[1])
+
+
 def test_vit_initial_loss_ignored_labels_and_gradients():
     for stem in ("patch", "conv"):
         model, images, labels = tiny_vit(stem=stem), photos(64), torch.randint(0, 10, (64,))
@@ -835,6 +848,18 @@ def test_mllm_loss_and_log_probs_are_those_of_the_full_logits():
     close(model.log_probs(images[:1], torch.tensor([[1, 5, *IMAGE]]))[0, 1], expected[0, 0], 1e-4)  # ends with an image
     mask = torch.rand(EXAMPLE.shape) < 0.5
     close(model.log_probs(tokens, EXAMPLE, mask), model.log_probs(tokens, EXAMPLE) * mask, 1e-4)
+
+
+def test_rows_about_the_same_images_give_the_log_probs_that_they_have_alone():
+    for cross_every in (0, 1):
+        model, images = shake(tiny_mllm(gpt=tiny_gpt_config(cross_every=cross_every)), 0.5), photos(3)
+        one = [IMAGE_ID] * (1 if cross_every else 4)
+        prompts = torch.tensor([[*one, *one, 1], [5, *one, *[6] * (len(one) - 1), 1]])  # two images, and one
+        ids = torch.cat((prompts.repeat_interleave(3, dim=0), torch.randint(3, 20, (6, 5))), dim=1)
+        alone = torch.cat([model.log_probs(images[some], row[None])
+                           for some, row in zip([[0, 1]] * 3 + [[2]] * 3, ids)])
+        close(model.log_probs(images, ids, copies=3), alone, 1e-4)
+        assert moved(alone[:1], alone[1:2]).max() > 1e-3
 
 
 def test_mllm_greedy_generation_equals_full_passes_in_a_batch_and_alone():
@@ -1322,6 +1347,13 @@ def test_photos_are_cropped_mirrored_and_recoloured():
     assert coloured.std(dim=0).min() > 1 and (coloured >= 0).all() and (coloured <= 255).all()
 
 
+def test_parts_of_photos_have_the_size_that_is_asked_for():
+    ramp = torch.arange(8.0).expand(2, 3, 8, 8) * 20 + 20
+    half = data.augment_photos(ramp, [["a dog"]] * 2, 1.0, 0.0, False, size=4)
+    close(half, ramp.view(2, 3, 4, 2, 4, 2).mean(dim=(3, 5)), 1e-3)
+    assert data.augment_photos(ramp, [["a dog"]] * 2, 0.5, 0.1, True, size=16).shape == (2, 3, 16, 16)
+
+
 def test_images_grow_in_equal_shares_to_their_full_size():
     with patched(vit, "growth", 0.8), patched(vit, "first_size", 32):
         assert [vit.size_at(p) for p in (0, 0.19, 0.2, 0.45, 0.79, 0.8, 1)] == [32, 32, 40, 48, 56, 64, 64]
@@ -1329,6 +1361,8 @@ def test_images_grow_in_equal_shares_to_their_full_size():
         assert vit.size_at(0.0) == 64
     with patched(vit, "first_size", 64):
         assert vit.size_at(0.0) == 64
+    with patched(vit, "first_size", 32), patched(vit, "train_size", 48):
+        assert vit.size_at(0.0) == 32 and vit.size_at(1.0) == 48
 
 
 def write_safetensors(path, tensors, change=lambda header: header, body=None, length=None):
@@ -1619,19 +1653,62 @@ def test_metrics_agree_with_human_judgements_as_the_literature_reports():
 def test_reward_sees_the_end_token_and_mixes_cider_with_bleu():
     photos = [["a dog runs", "the dog runs fast"], ["two men sit", "men on a bench"]]
     reward = scst.Reward(photos, cider_weight=1.0, bleu_weight=0.0)
-    ended, cut = reward([["a", "dog", "runs", scst.END], ["a", "dog", "runs"]], [0, 0]).tolist()
+    ended, cut = reward(["A dog runs."] * 2, [True, False], [0, 0]).tolist()
     assert ended > cut > 0
     mixed = scst.Reward(photos, cider_weight=0.5, bleu_weight=2.0)
-    assert abs(mixed([["a", "dog", "runs", scst.END]], [0]).item() - (0.5 * ended + 2 * 1.0)) < 1e-5
+    assert abs(mixed(["a dog runs"], [True], [0]).item() - (0.5 * ended + 2 * 1.0)) < 1e-5
     # "a dog", length 2, closest reference 4 with the end: 2/2, (1+1)/(1+1), (0+1)/(0+1) twice; brevity exp(1 - 4/2)
     bleu4 = scst.Reward(photos, cider_weight=0.0, bleu_weight=1.0)
-    assert abs(bleu4([["a", "dog"]], [0]).item() - math.exp(-1)) < 1e-6
+    assert abs(bleu4(["a dog"], [False], [0]).item() - math.exp(-1)) < 1e-6
 
 
 def test_an_exact_answer_is_worth_its_weight():
     reward = scst.Reward([["yes"], ["a red star", "red star"]], cider_weight=0.0, bleu_weight=0.0, exact_weight=2.0)
-    answers = [["yes", scst.END], ["yes"], ["red", "star", scst.END], ["red", scst.END]]
-    assert reward(answers, [0, 0, 1, 1]).tolist() == [2, 0, 2, 0]
+    assert reward(["yes", "yes", "red star", "red"], [True, False, True, True], [0, 0, 1, 1]).tolist() == [2, 0, 2, 0]
+
+
+def tiny_judges(folder, vocab_size=500):
+    """Judges of a GPT to which all ids are equally likely, and of an untrained CLIP, read from files."""
+    tokenizer = BPETokenizer([])
+    gpt_model = GPT(tiny_gpt_config(vocab_size=vocab_size, tie_weights=False))
+    gpt_model.head.weight.data.zero_()
+    clip = shake(CLIP(replace(tiny_clip().config, vocab_size=vocab_size)))
+    for name, stage, judge in (("gpt.pt", "gpt", gpt_model), ("clip.pt", "vit", clip)):
+        config.save(Path(folder, name), {"stage": stage, "config": asdict(judge.config), "model": judge.state_dict(),
+                                         "tokenizer": tokenizer.state(), "dtype": "float32", "settings": {}})
+    return judges.Judges(f"{folder}/gpt.pt", f"{folder}/clip.pt", photos(3), torch.device("cpu")), clip
+
+
+def test_judges_say_how_likely_a_caption_is_and_how_near_to_its_photo():
+    with tempfile.TemporaryDirectory() as folder:
+        judge, clip = tiny_judges(folder)
+        nats = judge.nats(["ab", ""])
+        close(nats[:, :4], math.log(500) * torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]))  # the end is a token
+        vectors = clip.eval().embed_images(judge.images)
+        texts = clip.embed_texts(data.pad_texts(["a", "b"], BPETokenizer([]), clip.config.max_tokens))
+        close(judge.cosines(["a", "b", "a"], [2, 0, 2]), (texts[[0, 1, 0]] * vectors[[2, 0, 2]]).sum(dim=1))
+        scores = judge.scores(["ab", ""], [0, 1])
+        assert abs(scores["nats"] - math.log(500)) < 1e-4 and scores["surprising"] == 100 and "clip" in scores
+        judge.gpt.head.weight.data.normal_(std=50.0)  # sure of itself, so some tokens surprise it
+        shares = [judge.scores([text], [0])["surprising"] for text in "abcdefgh"]
+        assert 100 in shares
+        assert judges.Judges("gpt2", f"{folder}/none.pt", photos(3), torch.device("cpu")).scores(["a"], [0]) == {}
+
+
+def test_rewards_ask_for_sense_and_for_what_is_on_the_photo():
+    with tempfile.TemporaryDirectory() as folder:
+        judge, _ = tiny_judges(folder)
+        sense = scst.Reward([["a"], ["b"]], 0.0, 0.0, sense_weight=0.1, judges=judge, photos=[0, 2])
+        close(sense(["ab", ""], [True, True], [0, 1]), -0.1 * (math.log(500) - 5) / 3 * torch.ones(2))
+        seen = scst.Reward([["a"], ["b"]], 0.0, 0.0, clip_weight=2.0, judges=judge, photos=[0, 2])
+        close(seen(["ab", "c"], [True, True], [0, 1]), 2 * judge.cosines(["ab", "c"], [0, 2]))
+    raises(SystemExit, "gpt_ckpt", scst.Reward, [["a"]], 1.0, 0.0, 0.0, 0.1)
+
+
+def test_the_consensus_is_the_caption_most_like_the_others():
+    texts = ["a dog runs in the snow", "a brown dog runs in the snow", "a man sits on a bench", "a dog runs in the snow"]
+    frequencies = metrics.document_frequencies([[words_of("a cat sleeps")], [words_of("the cat runs")]])
+    assert metrics.most_alike(texts, metrics.CiderD([], frequencies)) in (0, 3)
 
 
 def test_advantages_of_both_baselines():
@@ -1655,6 +1732,7 @@ def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     every = model.log_probs(tokens, torch.cat((model.caption_prompt(tokens), sampled), dim=1))[:, -4:]
     log_probs = mllm.answer_log_probs(model, tokens, model.caption_prompt(tokens), sampled)
     close(log_probs, every * torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]]))
+    close(log_probs[:1], mllm.answer_log_probs(model, tokens[:1], model.caption_prompt(tokens[:1]), sampled)[:1])
     log_probs.retain_grad()
     scst.scst_loss(log_probs, torch.tensor([3.0, -6.0])).backward()
     close(log_probs.grad, torch.tensor([[-3.0] * 4, [6.0] * 4]))
@@ -2207,7 +2285,7 @@ def log_rows(folder):
     """The rows of log.csv without the columns that tell the time."""
     with open(Path(folder, "log.csv"), newline="") as f:
         timing = ("ms_per_step", "items_per_second", "minutes", "reward_share")
-        return [{k: v for k, v in row.items() if k not in timing} for row in csv.DictReader(f)]
+        return [{k: v for k, v in row.items() if k not in timing and "per_second" not in k} for row in csv.DictReader(f)]
 
 
 def check_stage(stage, best, args=None):

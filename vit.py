@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import config
-from config.tools.data import augment_photos, load_data, load_photos, open_images, shift_and_mirror, to_pixels
+from config.tools.data import augment_photos, load_data, load_photos, open_images, pad_texts, shift_and_mirror, to_pixels
 from config.tools.pictures import plot, save_grid
 from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
@@ -43,6 +43,7 @@ batch_size = 256  # images per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
 image_size = 64  # CIFAR's 32 pixels doubled: the stem's first convolution has stride 2, and stage 3 sees large photos
 first_size = 32  # the images grow from this size, patch by patch: with a quarter of the tokens a step takes a third
+train_size = 0  # clip: and grow to this size; smaller than image_size, since crops look larger; 0: image_size
 growth = 0.7  # the part of the run in which they grow; 0: all images have image_size
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
 shift = 4  # CIFAR-10's images move by up to so many of their 32 pixels
@@ -56,6 +57,7 @@ n_layer = 6  # blocks
 n_head = 6  # attention heads per block
 n_embd = 192  # channels
 dropout = 0.0  # augmentation does more at this size
+patch_dropout = 0.0  # share of the patches that are left out in training
 activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
 stem = "conv"  # or patch: one linear layer per patch, as in the ViT paper; needs far more data
@@ -83,9 +85,10 @@ def resize(images, size):
 def size_at(progress):
     """Pixels a side of the images at this point of the run: from first_size on, a patch more after equal times (Tan and
     Le 2021, EfficientNetV2, without their stronger augmentation for larger images)."""
-    if progress >= growth or first_size == image_size:
-        return image_size
-    sizes = range(first_size, image_size, patch_size)
+    last_size = train_size or image_size
+    if progress >= growth or first_size == last_size:
+        return last_size
+    sizes = range(first_size, last_size, patch_size)
     return sizes[int(len(sizes) * progress / growth)]
 
 
@@ -105,7 +108,7 @@ def new_classifier(data):
     pixels = data["images"][data["splits"]["train"]].float()
     mean, std = pixels.mean(dim=(0, 2, 3)).tolist(), pixels.std(dim=(0, 2, 3)).tolist()
     return ViT(ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(data["classes"]), dropout, activation,
-                         norm, stem, label_smoothing, tuple(mean), tuple(std)))
+                         norm, stem, label_smoothing, tuple(mean), tuple(std), patch_dropout=patch_dropout))
 
 
 def learn_classes(model, run_model, data, rows, size, step):
@@ -178,12 +181,14 @@ def load_captioned():
 
 
 def new_clip(data):
-    vit = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, 0, dropout, activation, norm, stem)
+    vit = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, 0, dropout, activation, norm, stem,
+                    patch_dropout=patch_dropout)
     if vit_ckpt:
         checkpoint = config.load(vit_ckpt, "vit")
         if "classes" not in checkpoint:
             config.fail(f"{vit_ckpt} is no classifier")
-        vit = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=0, dropout=dropout)
+        vit = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=0, dropout=dropout,
+                                  patch_dropout=patch_dropout)
         if vit.patch_size != patch_size:
             config.fail(f"{vit_ckpt} has patch_size={vit.patch_size}; give that, instead of {patch_size}")
     model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, text_layer, n_embd=text_embd,
@@ -192,15 +197,6 @@ def new_clip(data):
         model.vit.load_state_dict({name: w for name, w in checkpoint["model"].items() if not name.startswith("head.")})
         print(f"ViT of {vit_ckpt}, step {checkpoint['step']}")
     return model
-
-
-def pad(captions, tokenizer, max_tokens):
-    """A list of str -> (n, T) ids: bos, the text, eos, padding; T is the same for all, since a new shape is slow."""
-    ids = torch.full((len(captions), max_tokens), tokenizer.pad_id)
-    for row, text in zip(ids, captions):
-        tokens = [tokenizer.bos_id, *tokenizer.encode(text)[:max_tokens - 2], tokenizer.eos_id]
-        row[:len(tokens)] = torch.tensor(tokens)
-    return ids
 
 
 def learn_matching(model, run_model, data, rows, size, step):
@@ -212,8 +208,8 @@ def learn_matching(model, run_model, data, rows, size, step):
     photos, captions = config.my_share(photos), config.my_share(captions)
     config.seed_step(seed, step)  # of augmentation and dropout
     x = data["images"][photos].to(config.device_of(model))
-    x = augment_photos(x, [[caption] for caption in captions], crop, jitter, mirror)
-    ids = pad(captions, data["tokenizer"], max_tokens).to(x.device)
+    x = augment_photos(x, [[caption] for caption in captions], crop, jitter, mirror, size)
+    ids = pad_texts(captions, data["tokenizer"], max_tokens).to(x.device)
     parts = list(zip(x.chunk(accumulation), ids.chunk(accumulation)))
     loss, n_parts = 0.0, accumulation * config.n_processes()
 
@@ -240,7 +236,7 @@ def learn_matching(model, run_model, data, rows, size, step):
 @torch.no_grad()
 def embed(model, images, size, captions, tokenizer, batch_size=500):
     """(n, 3, H, W) images, resized to size, and m str -> (n, n_shared) and (m, n_shared) unit vectors, on the CPU"""
-    dev, ids = config.device_of(model), pad(captions, tokenizer, model.config.max_tokens)
+    dev, ids = config.device_of(model), pad_texts(captions, tokenizer, model.config.max_tokens)
     with evaluating(model), config.autocast(model):
         of_images = [model.embed_images(resize(some.to(dev), size)).cpu() for some in images.split(batch_size)]
         of_texts = [model.embed_texts(some.to(dev)).cpu() for some in ids.split(batch_size)]

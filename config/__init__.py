@@ -35,9 +35,10 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
         captions_per_photo block_size patch_size image_size size n_val n_layer n_head n_embd vit_layer vit_head vit_embd
         gpt_layer gpt_head gpt_embd text_layer text_embd cross_every experts_per_token""".split(), (1, math.inf)),
     **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
-        first_size frames across_layer n_experts balance_weight context""".split(), (0, math.inf)),
+        first_size frames across_layer n_experts balance_weight context consensus train_size max_sample_tokens
+        sense_weight clip_weight xe_weight""".split(), (0, math.inf)),
     **dict.fromkeys("crop jitter word_dropout cooldown growth top_p".split(), (0, 1)),
-    **dict.fromkeys("dropout label_smoothing align_share".split(), (0, 0.99)),
+    **dict.fromkeys("dropout label_smoothing align_share patch_dropout".split(), (0, 0.99)),
     "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "max_tiles": (1, 4), "yarn": (1, math.inf),
     "dtype": {"auto", "float32", "bfloat16"},
     "eval_split": {"train", "val", "test"}, "fusion": {"prefix", "cross"}, "task": {"classify", "clip"},
@@ -46,7 +47,7 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
 # settings that a resumed run may change: how long it is, when it reports, what is done with its result
 FREE = set("""init_from out_dir max_steps max_minutes eval_interval device compile accumulation max_new_tokens
     temperature top_k top_p num_samples beams length_penalty num_captions image texts eval_only eval_split baselines
-    prompt chat frames context yarn""".split())
+    prompt chat frames context yarn consensus""".split())
 
 
 def fail(message):

@@ -134,11 +134,11 @@ def shift_and_mirror(images, shift, mirrored):
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
 
 
-def augment_photos(images, captions, crop, jitter, mirror):
-    """(B, 3, H, W) photos -> (B, 3, H, W) float, augmented with draws from torch's global generator: of each a part is
-    seen, of crop to 1 times its area, its sides stretched by up to 4 / 3, resized to H x W. With mirror half of them
-    are mirrored, but none with a caption (captions: a list for each) that says left or right. Brightness, contrast and
-    saturation change by factors from 1 - jitter to 1 + jitter."""
+def augment_photos(images, captions, crop, jitter, mirror, size=0):
+    """(B, 3, H, W) photos -> (B, 3, size, size) float, or as large as they are where size is 0, augmented with draws
+    from torch's global generator: of each a part is seen, of crop to 1 times its area, its sides stretched by up to
+    4 / 3. With mirror half of them are mirrored, but none with a caption (captions: a list for each) that says left or
+    right. Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter."""
     B, dev, images = len(images), images.device, images.float()
     sided = [any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions]
     sided = torch.tensor(sided, dtype=torch.bool)
@@ -148,17 +148,27 @@ def augment_photos(images, captions, crop, jitter, mirror):
     sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, B), shares of width and height
     middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
     gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
-    if B and (crop < 1 or mirrored.any()):
+    H, W = (size, size) if size else images.shape[-2:]
+    if B and (crop < 1 or mirrored.any() or (H, W) != images.shape[-2:]):
         theta = torch.zeros(B, 2, 3)
         theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
         theta[:, :, 2] = middle.T
-        where = F.affine_grid(theta.to(dev), images.shape, align_corners=False)
+        where = F.affine_grid(theta.to(dev), (B, 3, H, W), align_corners=False)
         images = F.grid_sample(images, where, padding_mode="border", align_corners=False)
     if jitter:
         images = images * gain[0]
         images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, gain[1])
         images = images.mean(dim=1, keepdim=True).lerp(images, gain[2]).clamp(0, 255)
     return images
+
+
+def pad_texts(texts, tokenizer, max_tokens):
+    """n str -> (n, max_tokens) ids: bos, the text, eos, padding; one width for all, since a new shape is slow."""
+    ids = torch.full((len(texts), max_tokens), tokenizer.pad_id)
+    for row, text in zip(ids, texts):
+        tokens = [tokenizer.bos_id, *tokenizer.encode(text)[:max_tokens - 2], tokenizer.eos_id]
+        row[:len(tokens)] = torch.tensor(tokens)
+    return ids
 
 
 def download(path, urls, md5=None):

@@ -133,10 +133,16 @@ def caption_scores(captions, ended, references):
             "distinct": 100 * len(set(captions)) / len(captions)}
 
 
+def most_alike(texts, scorer, vectors=None):
+    """Of some captions of an image the place of the one that is most similar to all, by CIDEr-D (Devlin et al. 2015):
+    their consensus. scorer: a CiderD with document frequencies; vectors: what scorer.vectors() gives of the texts."""
+    vectors = vectors or [scorer.vectors(words_of(text)) for text in texts]
+    return int(np.argmax([scorer.score(each, vectors) for each in vectors]))  # to itself each is equally similar
+
+
 def nearest_captions(images, captions, train, photos, k=20):
-    """For each of the photos the consensus caption of the k training photos most like it when reduced to 8x8 pixels: of
-    their captions the one that is most similar, by CIDEr-D, to the others (Devlin et al. 2015). A list of str. images:
-    (n, 3, H, W) uint8; captions: a list of str for each; train, photos: indices of images."""
+    """For each of the photos the consensus caption of the k training photos most like it when reduced to 8x8 pixels. A
+    list of str. images: (n, 3, H, W) uint8; captions: a list of str for each; train, photos: indices of images."""
     small = torch.cat([F.adaptive_avg_pool2d(some.float(), 8).flatten(1) for some in images.split(500)])  # (n, 192)
     small, chosen = F.normalize(small - small.mean(dim=0), dim=1), []
     near = (small[photos] @ small[train].T).topk(min(k, len(train)), dim=1).indices.tolist()  # (n, k)
@@ -144,8 +150,7 @@ def nearest_captions(images, captions, train, photos, k=20):
     for row in near:
         texts = [caption for i in row for caption in captions[train[i]]]
         vectors = [each for i in row for each in scorer.references[i]]
-        scores = [scorer.score(each, vectors) for each in vectors]  # to itself each is equally similar
-        chosen.append(texts[int(np.argmax(scores))])
+        chosen.append(texts[most_alike(texts, scorer, vectors)])
         show_progress(f"nearest photos of {len(chosen)}/{len(photos)}")
     show_progress("")
     return chosen
