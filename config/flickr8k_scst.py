@@ -4,5 +4,7 @@ sft_dir = "out/flickr8k"  # python mllm.py config/flickr8k.py
 max_minutes = 6.0
 batch_size = 128  # photos
 samples = 5  # captions each
+max_sample_tokens = 20
 baseline = "leave_one_out"
+xe_weight = 0.1  # see config/flickr8k_scst_cpu.py
 eval_interval = 100
