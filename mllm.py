@@ -407,8 +407,9 @@ def is_right(prompt, answer, references):
 
 
 def evaluate(model, data, split, **decoding):
-    """(scores, answers, answers written in a second) of a split, by greedy decoding unless decoding says otherwise: what
-    caption_scores() and the judges give; and the share of the answers that are right, for drawn images and questions."""
+    """(scores, answers, answers written in a second) of a split, by greedy decoding unless decoding says otherwise.
+    Scores: what caption_scores() and the judges give, and the share of right answers, for drawn images and questions.
+    """
     prompts, references = prompts_of(data["splits"][split])
     began = time.perf_counter()
     said, ended = write_answers(model, data, prompts, **decoding)

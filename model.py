@@ -921,8 +921,9 @@ class GPT(nn.Module):
         return logits, loss + self.balance_loss()
 
     def _read_prompt(self, ids, copies, embeddings, memory, memory_mask):
-        """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies, vocab_size),
-        caches of so many rows, and the memory's mask of the last position, which holds for what follows."""
+        """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies,
+        vocab_size), caches of so many rows, and the memory's mask of the last position, which holds for what follows.
+        """
         caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
         x = self.embedding(ids) if embeddings is None else embeddings
         logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])

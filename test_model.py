@@ -1706,7 +1706,8 @@ def test_rewards_ask_for_sense_and_for_what_is_on_the_photo():
 
 
 def test_the_consensus_is_the_caption_most_like_the_others():
-    texts = ["a dog runs in the snow", "a brown dog runs in the snow", "a man sits on a bench", "a dog runs in the snow"]
+    texts = ["a dog runs in the snow", "a brown dog runs in the snow", "a man sits on a bench"]
+    texts.append(texts[0])
     frequencies = metrics.document_frequencies([[words_of("a cat sleeps")], [words_of("the cat runs")]])
     assert metrics.most_alike(texts, metrics.CiderD([], frequencies)) in (0, 3)
 
@@ -2285,7 +2286,8 @@ def log_rows(folder):
     """The rows of log.csv without the columns that tell the time."""
     with open(Path(folder, "log.csv"), newline="") as f:
         timing = ("ms_per_step", "items_per_second", "minutes", "reward_share")
-        return [{k: v for k, v in row.items() if k not in timing and "per_second" not in k} for row in csv.DictReader(f)]
+        tells_time = lambda k: k in timing or k.endswith("per_second")
+        return [{k: v for k, v in row.items() if not tells_time(k)} for row in csv.DictReader(f)]
 
 
 def check_stage(stage, best, args=None):

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import config
-from config.tools.data import augment_photos, load_data, load_photos, open_images, pad_texts, shift_and_mirror, to_pixels
+from config.tools.data import augment_photos, load_data, load_photos, open_images, pad_texts, shift_and_mirror, \
+    to_pixels
 from config.tools.pictures import plot, save_grid
 from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
