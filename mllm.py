@@ -786,6 +786,8 @@ def main(argv=None):
     if image or prompt or chat or eval_only or baselines and (out / "sft.pt").is_file():
         return use(out / "sft.pt", "mllm", settings)
     data = load_samples(dataset, image_size, n_drawn, max_tiles)
+    if train_size and (fusion != "cross" or max_tiles > 1 or train_size % patch_size):
+        config.fail(f"train_size={train_size} takes fusion=cross, no tiles, and a multiple of patch_size={patch_size}")
     if max_tiles > 1 and (crop < 1 or jitter or mirror):
         config.fail("tiles are not augmented: with max_tiles above 1, crop is 1, jitter 0 and mirror False")
     dev = config.pick_device(device)

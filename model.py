@@ -890,8 +890,8 @@ class GPT(nn.Module):
 
     def hidden(self, x, caches=None, memory=None, memory_mask=None, mask=None, positions=None):
         """(B, T, C) embeddings -> (B, T, C), ready for self.head. caches: of self.decoder.new_caches(); memory: (B, Tm,
-        C), what the blocks with cross-attention attend to, where memory_mask (B, 1, T, Tm) allows it, or a part of the
-        rows, see DecoderBlock. mask (B, 1, T,
+        C), or fewer rows, see DecoderBlock: what the blocks with cross-attention attend to, where memory_mask (B, 1, T,
+        Tm) allows it. mask (B, 1, T,
         T), in addition to the causal one, and positions (B, T) serve several texts in one row; see MLLM."""
         start = caches[0][0].length if caches else 0
         last = start + x.size(1) if positions is None else int(positions.max()) + 1

@@ -1473,7 +1473,7 @@ def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
         assert tokenizer.pad_id == 261 and model.config.vocab_size == 264
         loaded = pretrained.load_clip_vit("hub/clip")
         model, images = ViT(ViTConfig(**loaded["config"])).eval(), photos(2, size=24)
-        model.pool, model.head = torch.nn.Identity(), torch.nn.Identity()  # what CLIP lacks; nothing else may be missing
+        model.pool, model.head = torch.nn.Identity(), torch.nn.Identity()  # what CLIP lacks; nothing else may miss
         model.load_state_dict(loaded["model"])
         close(model.features(images), vit.features(images), 1e-4)
         args = (*TOY[mllm], "--gpt_ckpt=hub/gpt2", "--vit_ckpt=hub/clip", "--fusion=prefix", "--max_tokens=100")

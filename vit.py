@@ -339,6 +339,8 @@ def main(argv=None):
               + " | ".join(f"{eval_split}{name} {value:.4g}" for name, value in scores.items()))
         return
 
+    if train_size and (train_size % patch_size or train_size < first_size):
+        config.fail(f"train_size={train_size}: a multiple of patch_size={patch_size}, at least first_size={first_size}")
     n_train = len(data["splits"]["train"])
     print(f"{dataset}: {n_train:,} images to train on, {len(data['splits']['val']):,} to validate")
     if n_train < batch_size:

@@ -26,7 +26,7 @@ class Judges:
             self.gpt, self.tokenizer = GPT(GPTConfig(**saved["config"])), tokenizer_from_state(saved["tokenizer"])
             self.gpt.load_state_dict(saved["model"])
             config.place(self.gpt, device, saved["dtype"])
-        if clip_ckpt and Path(clip_ckpt).is_file():
+        if clip_ckpt and Path(clip_ckpt).is_file() and images.dim() == 4:  # it reads no tiles
             saved = config.load(clip_ckpt, "vit")
             if "classes" not in saved:
                 self.clip, self.clip_tokenizer = CLIP(CLIPConfig.from_dict(saved["config"])), \
