@@ -550,7 +550,7 @@ def init_weights(model):
     keeps the size of activations; projections back into the residual stream 0, so that a block does nothing at first
     (Goyal et al. 2017, Bachlechner et al. 2020), unless behind a gate that starts at 0: where both factors are 0,
     neither has a gradient. Output layers and embeddings: 0.02 (GPT-2), so that all tokens are about equally likely.
-    Convolutions as in He et al. 2015; biases 0; gains 1."""
+    Convolutions as in He et al. 2015; biases 0; gains 1, and 0 where a residual branch of convolutions ends."""
     gated = [block.cross_attn.proj for block in model.modules() if getattr(block, "cross_gate", None) is not None]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -561,6 +561,8 @@ def init_weights(model):
             nn.init.normal_(next(module.parameters()), std=0.02)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, ResidualConv):
+            nn.init.zeros_(module.norm2.weight)
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -667,23 +669,50 @@ class ViTConfig:
         return self.n_embd * (1 + len(self.keep))
 
 
+class ResidualConv(nn.Module):
+    """(B, n, H, W) -> the same plus what two 3x3 convolutions make of it (ResNet, He et al. 2016), 0 at first."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(n, n, 3, padding=1, bias=False) for _ in range(2))
+        self.norm1, self.norm2 = nn.GroupNorm(1, n), nn.GroupNorm(1, n)
+
+    def forward(self, x):
+        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+
+
 class PatchEmbedding(nn.Module):
     """(B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row. stem="patch": one linear map of each
     patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of stride 2, down to one place per patch
-    (Xiao et al. 2021): neighbouring pixels belong together, and with little data it pays to build that in."""
+    (Xiao et al. 2021): neighbouring pixels belong together, and with little data it pays to build that in.
+    stem="residual": each halving doubles the channels, and a ResidualConv follows all but the first."""
 
     def __init__(self, patch_size, n_embd, stem="patch"):
         super().__init__()
         self.patch_size = patch_size
         linear_stem = lambda patch_size, n_embd: nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
-        self.stem = choose({"patch": linear_stem, "conv": self.conv_stem}, stem=stem)(patch_size, n_embd)
+        self.stem = choose({"patch": linear_stem, "conv": self.conv_stem, "residual": self.residual_stem},
+                           stem=stem)(patch_size, n_embd)
 
     @staticmethod
-    def conv_stem(patch_size, n_embd):
+    def unit(n_in, n_out, stride):
+        return [nn.Conv2d(n_in, n_out, 3, stride, padding=1), nn.GroupNorm(1, n_out), nn.ReLU()]
+
+    @staticmethod
+    def halvings(patch_size):
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise SettingError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
-        unit = lambda a, b, stride: [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(1, b), nn.ReLU()]
-        halvings = patch_size.bit_length() - 1
+        return patch_size.bit_length() - 1
+
+    def residual_stem(self, patch_size, n_embd):
+        widths = [3, *(n_embd >> i for i in reversed(range(self.halvings(patch_size))))]  # such as 3, 32, 64, 128
+        layers = []
+        for a, b in zip(widths, widths[1:]):
+            layers += self.unit(a, b, 2) + [ResidualConv(b)] * bool(layers)
+        return nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
+
+    def conv_stem(self, patch_size, n_embd):
+        unit, halvings = self.unit, self.halvings(patch_size)
         widths = [3, n_embd // 4, *[3 * n_embd // 8] * (halvings - 2)] if halvings > 1 else [3]  # such as 3, 32, 48
         layers = [layer for a, b in zip(widths, widths[1:]) for layer in unit(a, b, 2)]
         if halvings > 1:  # before the last halving, a convolution that keeps the size
@@ -1311,6 +1340,7 @@ class CLIPConfig:
     n_shared: int = 128  # dimensions of the space that images and texts share
     dropout: float = 0.0
     pad_id: int = BPETokenizer.pad_id
+    words: bool = False  # whether it also learns to predict, from a photo alone, the words of its captions
 
     @classmethod
     def from_dict(cls, d):
@@ -1319,7 +1349,9 @@ class CLIPConfig:
 
 class CLIP(nn.Module):
     """A ViT and a text encoder that map a photo and its caption to nearby vectors of one space (Radford et al. 2021).
-    Unlike the paper's, the text encoder reads both ways, and a text's vector is the mean of its tokens."""
+    Unlike the paper's, the text encoder reads both ways, and a text's vector is the mean of its tokens. With words, the
+    words of all of a photo's captions are a label as well (Joulin et al. 2016): it tells more of a photo than one
+    caption that is to be picked out."""
 
     def __init__(self, config):
         super().__init__()
@@ -1331,12 +1363,15 @@ class CLIP(nn.Module):
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, dropout=c.dropout)
         self.text_head = nn.Linear(c.n_embd, c.n_shared, bias=False)
         self.image_head = nn.Linear(c.vit.n_embd, c.n_shared)
+        self.words_head = nn.Linear(c.vit.n_embd, c.vocab_size) if c.words else None
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of one over the temperature
         init_weights(self)
 
-    def embed_images(self, images):
-        """(B, 3, H, W) pixels -> (B, n_shared) unit vectors"""
-        return F.normalize(self.image_head(self.vit.pool(self.vit.features(images))).float(), dim=-1)
+    def embed_images(self, images, words=False):
+        """(B, 3, H, W) pixels -> (B, n_shared) unit vectors; with words, and (B, vocab_size) logits"""
+        pooled = self.vit.pool(self.vit.features(images))  # (B, C)
+        vectors = F.normalize(self.image_head(pooled).float(), dim=-1)
+        return (vectors, self.words_head(pooled)) if words else vectors
 
     def embed_texts(self, ids):
         """(B, T) ids, padded with pad_id -> (B, n_shared) unit vectors"""
@@ -1356,5 +1391,9 @@ class CLIP(nn.Module):
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
     def forward(self, images, ids):
-        """(B, 3, H, W) pixels, and (B, T) ids of their texts -> what loss() takes"""
-        return self.embed_images(images), self.embed_texts(ids)
+        """(B, 3, H, W) pixels, and (B, T) ids of their texts -> what loss() takes; and the logits of embed_images(), or
+        None without words"""
+        if self.words_head is None:
+            return self.embed_images(images), self.embed_texts(ids), None
+        vectors, words = self.embed_images(images, words=True)
+        return vectors, self.embed_texts(ids), words

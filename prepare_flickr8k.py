@@ -30,7 +30,7 @@ from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
 source = ""  # a folder of your own photos with a captions.txt or *.jsonl; empty: Flickr8k
-size = 96  # pixels a side; photos are squeezed to squares, unless max_tiles is above 1
+size = 112  # pixels a side; photos are squeezed to squares, unless max_tiles is above 1
 max_tiles = 1  # above 1, at most 4: photos keep their proportions, on a grid of up to so many squares of that size
 vocab_size = 4096  # of the tokenizer, special ids and bytes included
 

@@ -603,7 +603,7 @@ def test_patch_embedding_equals_unfold_and_a_matrix():
     patches = F.unfold(images, 4, stride=4).transpose(1, 2)  # (B, N, 3 * 4 * 4), row by row
     close(layer(images), patches @ layer.stem.weight.flatten(1).T + layer.stem.bias, 1e-4)
     assert PatchEmbedding(8, 16, "conv")(torch.randn(2, 3, 16, 32)).shape == (2, 8, 16)
-    for stem in ("patch", "conv"):
+    for stem in ("patch", "conv", "residual"):
         raises(ValueError, "8x10", PatchEmbedding(4, 16, stem), torch.zeros(1, 3, 8, 10))
     raises(ValueError, "not 2, 4, 8", PatchEmbedding, 6, 16, "conv")
     raises(ValueError, "'dense'", PatchEmbedding, 8, 16, "dense")
@@ -651,7 +651,7 @@ def test_patches_are_left_out_in_training_alone():
 
 
 def test_vit_initial_loss_ignored_labels_and_gradients():
-    for stem in ("patch", "conv"):
+    for stem in ("patch", "conv", "residual"):
         model, images, labels = tiny_vit(stem=stem), photos(64), torch.randint(0, 10, (64,))
         logits, loss = model(images, labels)
         assert abs(loss.item() - math.log(10)) < 0.1 and model(images)[1] is None
@@ -1118,8 +1118,8 @@ def test_clip_loss_by_hand_and_gradients():
                                       + F.cross_entropy(100 * texts @ images.T, torch.arange(3))) / 2, 1e-4)
     model = tiny_clip()
     ids = torch.tensor([[1, 5, 2, 0], [1, 6, 7, 2]])
-    assert not unreached(model, lambda: model.loss(*model(photos(2), ids)))
-    close(torch.cat(model(photos(2), ids)).norm(dim=1), torch.ones(4))
+    assert not unreached(model, lambda: model.loss(*model(photos(2), ids)[:2]))
+    close(torch.cat(model(photos(2), ids)[:2]).norm(dim=1), torch.ones(4))
 
 
 def test_clip_text_does_not_see_padding():
@@ -1131,9 +1131,25 @@ def test_clip_text_does_not_see_padding():
 def test_clip_learns_which_text_is_whose():
     model, images = tiny_clip(), photos(6)
     ids = torch.randint(4, 20, (6, 5))
-    fit(model, lambda: model.loss(*model(images, ids)), 60, 1e-2)
-    images, texts = model(images, ids)
-    assert (images @ texts.T).argmax(dim=1).tolist() == list(range(6))
+    fit(model, lambda: model.loss(*model(images, ids)[:2]), 60, 1e-2)
+    images, texts, words = model(images, ids)
+    assert (images @ texts.T).argmax(dim=1).tolist() == list(range(6)) and words is None
+
+
+def test_clip_learns_the_words_of_a_photo():
+    captions = [["ab", "abb"], ["ac"], ["a"], ["bd"]]
+    shares = F.pad(vit.word_shares(captions, CharTokenizer("abcd")), (0, 16))  # to the model's vocabulary
+    a, b, c = math.log(4 / 3), math.log(2), math.log(4)
+    close(shares[0, :2], torch.tensor([a, b]) / (a + b), 1e-5)  # both words in both captions
+    close(shares[1, [0, 2]], torch.tensor([a, c]) / (a + c), 1e-5)
+    model, images, ids = tiny_clip(words=True), photos(4), torch.randint(4, 20, (4, 5))
+
+    def loss():
+        *vectors, words = model(images, ids)
+        return model.loss(*vectors) + F.cross_entropy(words, shares)
+    fit(model, loss, 100, 1e-2)
+    assert model(images, ids)[2].argmax(dim=1).tolist() == [1, 2, 0, 3]
+    assert not unreached(model, loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2279,7 +2295,7 @@ TOY = {  # at least one source of randomness of each kind is on: batches, dropou
     scst: (*COMMON, "--batch_size=4", "--sft_dir=out/mllm", "--out_dir=out/scst"),
 }
 TOY_CLIP = (*TOY[vit][:-1], "--task=clip", "--dataset=mine", "--image_size=16", "--first_size=8", "--text_layer=1",
-            "--text_embd=16", "--max_tokens=12", "--out_dir=out/clip")
+            "--text_embd=16", "--max_tokens=12", "--words_weight=0.5", "--out_dir=out/clip")
 
 
 def log_rows(folder):

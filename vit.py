@@ -61,8 +61,9 @@ dropout = 0.0  # augmentation does more at this size
 patch_dropout = 0.0  # share of the patches that are left out in training
 activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
-stem = "conv"  # or patch: one linear layer per patch, as in the ViT paper; needs far more data
+stem = "conv"  # or residual, with more convolutions; or patch, one linear layer as in the ViT paper, for more data
 label_smoothing = 0.1  # share of CIFAR-10's target that is spread over all classes
+words_weight = 0.0  # clip: in the loss, of predicting the words of a photo's captions; 0: matching alone
 text_layer = 2  # clip: blocks of the text encoder
 text_embd = 128  # clip: its channels, and those of the space that photos and captions share
 # optimization
@@ -181,6 +182,17 @@ def load_captioned():
             "size": image_size, "splits": {split: torch.tensor(rows) for split, rows in table["splits"].items()}}
 
 
+def word_shares(captions, tokenizer):
+    """n lists of captions -> (n, vocab_size), rows of sum 1: in how many captions of a photo a token is, times the
+    logarithm of one over the share of photos that have it; at most 5, or the rarest tokens would be most of it."""
+    counts = torch.zeros(len(captions), tokenizer.vocab_size)
+    for row, texts in zip(counts, captions):
+        for text in texts:
+            row[list(set(tokenizer.encode(text)))] += 1
+    rarity = (len(captions) / (counts > 0).sum(dim=0).clamp(min=1)).log().clamp(max=5)
+    return F.normalize(counts * rarity, p=1, dim=1)
+
+
 def new_clip(data):
     vit = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, 0, dropout, activation, norm, stem,
                     patch_dropout=patch_dropout)
@@ -193,7 +205,7 @@ def new_clip(data):
         if vit.patch_size != patch_size:
             config.fail(f"{vit_ckpt} has patch_size={vit.patch_size}; give that, instead of {patch_size}")
     model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, text_layer, n_embd=text_embd,
-                            n_shared=text_embd, dropout=dropout))
+                            n_shared=text_embd, dropout=dropout, words=words_weight > 0))
     if vit_ckpt:
         model.vit.load_state_dict({name: w for name, w in checkpoint["model"].items() if not name.startswith("head.")})
         print(f"ViT of {vit_ckpt}, step {checkpoint['step']}")
@@ -211,25 +223,33 @@ def learn_matching(model, run_model, data, rows, size, step):
     x = data["images"][photos].to(config.device_of(model))
     x = augment_photos(x, [[caption] for caption in captions], crop, jitter, mirror, size)
     ids = pad_texts(captions, data["tokenizer"], max_tokens).to(x.device)
-    parts = list(zip(x.chunk(accumulation), ids.chunk(accumulation)))
+    words = [None] * accumulation
+    if words_weight:
+        words = data["words"][config.my_share(rows)].to(x.device).chunk(accumulation)
+    parts = list(zip(x.chunk(accumulation), ids.chunk(accumulation), words))
     loss, n_parts = 0.0, accumulation * config.n_processes()
 
     def embed_part(x, ids):
         with config.autocast(model):
-            return torch.stack(run_model(resize(x, size), ids))  # (2, b, n_shared): photos, texts
+            of_images, of_texts, logits = run_model(resize(x, size), ids)
+            return torch.stack((of_images, of_texts)), logits  # (2, b, n_shared)
 
     if n_parts > 1:
         with torch.no_grad():
-            mine = torch.cat([embed_part(*part) for part in parts], dim=1)
+            mine = torch.cat([embed_part(x, ids)[0] for x, ids, _ in parts], dim=1)
         everyone = torch.cat(config.gather(mine), dim=1)  # (2, B, n_shared)
-    for i, part in enumerate(parts, config.rank() * accumulation):
-        batch = own = embed_part(*part)
+    for i, (x, ids, words) in enumerate(parts, config.rank() * accumulation):
+        own, logits = embed_part(x, ids)
+        batch, b = own, own.size(1)
         if n_parts > 1:  # the gradient goes to this part's vectors alone
-            b = own.size(1)
             batch = torch.cat((everyone[:, :i * b], own, everyone[:, (i + 1) * b:]), dim=1)
         part_loss = model.loss(*batch)  # of the whole batch
-        part_loss.backward()
         loss += part_loss.detach() / n_parts
+        if words_weight:
+            of_words = words_weight * F.cross_entropy(logits.float(), words) / n_parts  # of this part's photos
+            loss += of_words.detach()
+            part_loss = part_loss + of_words
+        part_loss.backward()
     model.log_scale.grad /= n_parts  # each part gave all of it
     return loss
 
@@ -353,6 +373,8 @@ def main(argv=None):
     model = load_model(resumed) if resumed else new_clip(data) if clip else new_classifier(data)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
+    if clip and words_weight:
+        data["words"] = word_shares([data["captions"][p] for p in data["splits"]["train"].tolist()], data["tokenizer"])
     if not clip:  # all of CIFAR-10 on the device
         data |= {"images": data["images"].to(dev), "labels": data["labels"].to(dev)}
     score = "val_recall" if clip else "val_accuracy"
