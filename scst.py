@@ -21,9 +21,8 @@ Departures from the paper:
 - the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
   middle of "in front of a", which costs CIDEr nothing
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
-- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004); how likely the
-  words are to the language model of stage 2 (sense_weight), since n-grams do not ask for sense; and how near CLIP finds
-  the caption to the photo (clip_weight)
+- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
+- n-grams do not ask for sense: beside the reward stands the cross-entropy of captions by people (xe_weight)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
@@ -62,8 +61,6 @@ consensus = 0  # with eval_only: also caption by so many samples, of which the o
 cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
 exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
-sense_weight = 0.0  # minus 0 to 1: how surprising its least likely word is to the GPT of stage 2, before stage 3
-clip_weight = 0.0  # the cosine (-1 to 1) of caption and photo, under the CLIP of stage 1
 # and beside the reward
 xe_weight = 0.0  # cross-entropy of a caption of each photo by people, added to the loss
 # sampling
@@ -84,26 +81,18 @@ grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between lines of the log, each with validation scores
 
 END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-SENSE = 5.0, 8.0  # nats of the least likely token: below, nothing is lost, so that what is bland does not pay
 TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu4", "length", "broken", "distinct", "nats", "surprising",
          "clip", "right")
 
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores captions against references, such as those of the training photos: a list of str for each. photos: the
-    image of each, which the judges of config.tools.judges are asked about; judges: None where they have no weight."""
+    """Scores captions against references, such as those of the training photos: a list of str for each."""
 
-    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0, sense_weight=0.0, clip_weight=0.0,
-                 judges=None, photos=None):
-        self.texts, self.judges, self.photos = references, judges, photos
+    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0):
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
         self.cider_weight, self.bleu_weight, self.exact_weight = cider_weight, bleu_weight, exact_weight
-        self.sense_weight, self.clip_weight = sense_weight, clip_weight
         self.cider = CiderD(self.references)
-        for name, weight in (("gpt", sense_weight), ("clip", clip_weight)):
-            if weight and not getattr(judges, name, None):
-                config.fail(f"the captioner did not start from a {name}_ckpt that is still there; a reward needs it")
 
     def __call__(self, texts, ended, rows):
         """n captions, whether the model ended each, and whose references are meant -> (n,)"""
@@ -116,12 +105,6 @@ class Reward:
         if self.exact_weight:
             exact = [each in self.references[row] for each, row in zip(words, rows, strict=True)]
             scores += self.exact_weight * np.array(exact)
-        if self.sense_weight:
-            low, high = SENSE
-            worst = self.judges.nats(texts).amax(dim=1).numpy()
-            scores -= self.sense_weight * np.clip((worst - low) / (high - low), 0, 1)
-        if self.clip_weight:
-            scores += self.clip_weight * self.judges.cosines(texts, [self.photos[row] for row in rows]).numpy()
         return torch.from_numpy(scores).float()
 
 
@@ -142,6 +125,15 @@ def scst_loss(log_probs, advantage):
     """Minus the sum of advantage (n,) * log p over the sampled tokens; train() divides by their number. log_probs: (n,
     T), 0 after the end."""
     return -(advantage[:, None] * log_probs).sum()
+
+
+def xe_loss(model, tokens, prompts, answers, tokenizer):
+    """The mean cross-entropy of the tokens of answers, a str by a person for each of the prompts (b, Tp); tokens: of
+    their images, see mllm.answer_log_probs(). What does not fit the context is cut off."""
+    room, end = model.config.gpt.block_size + 1 - prompts.size(1), tokenizer.eos_id
+    rows = [torch.tensor((tokenizer.encode(answer) + [end])[:room]) for answer in answers]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end).to(prompts.device)  # (b, T)
+    return -mllm.answer_log_probs(model, tokens, prompts, ids).sum() / mllm.answer_mask(ids, end).sum()
 
 
 def sample_statistics(captions, rewards):
@@ -173,9 +165,9 @@ def find_sft():
 
 # training ------------------------------------------------------------------------------------------------------------
 
-def train(run, model, optimizers, data, reward, prompts, **about):
-    """SCST until the run is over. prompts: what the model is asked, samples of mllm.py; reward knows their references.
-    about: what else the checkpoints are to hold, such as sft_settings."""
+def train(run, model, optimizers, data, reward, prompts, references, **about):
+    """SCST until the run is over. prompts: what the model is asked, samples of mllm.py, and references, what people
+    answered, a list of str for each; about: what else the checkpoints are to hold, such as sft_settings."""
     sft, tokenizer = about["sft_settings"], data["tokenizer"]
     dev, per_step, history = config.device_of(model), min(batch_size, len(prompts)), []
     lengths = torch.tensor([[len(mllm.prompt_ids(model, data, prompt)), len(prompt["images"])] for prompt in prompts])
@@ -187,13 +179,6 @@ def train(run, model, optimizers, data, reward, prompts, **about):
             ids = model.generate(tokens.detach(), ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
         rows = ids.tolist()
         return ids, list(map(tokenizer.decode, rows)), [tokenizer.eos_id in row for row in rows]
-
-    def xe_loss(tokens, ids, rows):
-        texts = [reward.texts[row][torch.randint(len(reward.texts[row]), ()).item()] for row in rows]
-        told = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
-        T = max(map(len, told))
-        told = torch.tensor([each + [tokenizer.eos_id] * (T - len(each)) for each in told], device=dev)  # (b, T)
-        return -mllm.answer_log_probs(model, tokens, ids, told).sum() / mllm.answer_mask(told, tokenizer.eos_id).sum()
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -220,7 +205,7 @@ def train(run, model, optimizers, data, reward, prompts, **about):
             asked, draft = [prompts[i] for i in some], []
             numbers = list(dict.fromkeys(i for prompt in asked for i in prompt["images"]))
             texts = [[text for i in some if number in prompts[i]["images"]
-                      for text in mllm.texts_of([prompts[i]]) + reward.texts[i]]
+                      for text in mllm.texts_of([prompts[i]]) + references[i]]
                      for number in numbers]
             images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"],
                                     sft.get("train_size", 0))
@@ -246,8 +231,9 @@ def train(run, model, optimizers, data, reward, prompts, **about):
                 part = sum(scst_loss(mllm.answer_log_probs(model, tokens, ids, sampled), advantage)
                            for tokens, ids, sampled, advantage, _ in draft) / n_tokens  # of the loss of the batch
                 if xe_weight:
-                    part = part + xe_weight * sum(xe_loss(tokens, ids, places) * len(places) / per_step
-                                                  for tokens, ids, _, _, places in draft)
+                    for tokens, ids, _, _, places in draft:
+                        told = [references[row][torch.randint(len(references[row]), ())] for row in places]
+                        part = part + xe_weight * len(told) / per_step * xe_loss(model, tokens, ids, told, tokenizer)
             part.backward()
             loss += part.detach()
         loss = config.update(model, optimizers, loss, factor, grad_clip)
@@ -277,13 +263,12 @@ def main(argv=None):
     model.vit.requires_grad_(train_vit)
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
-    reward = Reward(references, cider_weight, bleu_weight, exact_weight, sense_weight, clip_weight, data["judges"],
-                    [(prompt["images"] or [None])[0] for prompt in prompts])
+    reward = Reward(references, cider_weight, bleu_weight, exact_weight)
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt")
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
-    train(run, model, optimizers, data, reward, prompts, sft=str(start_from), sft_settings=sft, asks=data["asks"],
-          tokenizer=checkpoint["tokenizer"], image_transform=checkpoint["image_transform"])
+    train(run, model, optimizers, data, reward, prompts, references, sft=str(start_from), sft_settings=sft,
+          asks=data["asks"], tokenizer=checkpoint["tokenizer"], image_transform=checkpoint["image_transform"])
     if not config.is_main():
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")

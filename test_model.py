@@ -1711,16 +1711,6 @@ def test_judges_say_how_likely_a_caption_is_and_how_near_to_its_photo():
         assert judges.Judges("gpt2", f"{folder}/none.pt", photos(3), torch.device("cpu")).scores(["a"], [0]) == {}
 
 
-def test_rewards_ask_for_sense_and_for_what_is_on_the_photo():
-    with tempfile.TemporaryDirectory() as folder:
-        judge, _ = tiny_judges(folder)
-        sense = scst.Reward([["a"], ["b"]], 0.0, 0.0, sense_weight=0.1, judges=judge, photos=[0, 2])
-        close(sense(["ab", ""], [True, True], [0, 1]), -0.1 * (math.log(500) - 5) / 3 * torch.ones(2))
-        seen = scst.Reward([["a"], ["b"]], 0.0, 0.0, clip_weight=2.0, judges=judge, photos=[0, 2])
-        close(seen(["ab", "c"], [True, True], [0, 1]), 2 * judge.cosines(["ab", "c"], [0, 2]))
-    raises(SystemExit, "gpt_ckpt", scst.Reward, [["a"]], 1.0, 0.0, 0.0, 0.1)
-
-
 def test_the_consensus_is_the_caption_most_like_the_others():
     texts = ["a dog runs in the snow", "a brown dog runs in the snow", "a man sits on a bench"]
     texts.append(texts[0])
@@ -1753,6 +1743,18 @@ def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     log_probs.retain_grad()
     scst.scst_loss(log_probs, torch.tensor([3.0, -6.0])).backward()
     close(log_probs.grad, torch.tensor([[-3.0] * 4, [6.0] * 4]))
+
+
+def test_cross_entropy_beside_scst_is_that_of_the_training_before():
+    model, tokenizer = shake(tiny_mllm()), BPETokenizer([])
+    tokens, ids = model.encode(photos(2)).detach(), [[5, 6, 2, 2], [5, 6, 7, 2]]  # 2 is the end token
+    answers = [tokenizer.decode([5, 6]), tokenizer.decode([5, 6, 7])]
+    prompts = model.caption_prompt(tokens)
+    inputs = torch.cat((prompts, torch.tensor(ids)[:, :-1]), dim=1)
+    targets = torch.full_like(inputs, -1)
+    targets[:, -4:] = torch.tensor(ids)
+    targets[0, -1] = -1
+    close(scst.xe_loss(model, tokens, prompts, answers, tokenizer), model(tokens, inputs, targets)[1])
 
 
 def test_captions_for_evaluation_are_written_without_dropout():
@@ -2488,7 +2490,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
         run(scst, *TOY[scst], "--sft_dir=out/crossed", "--out_dir=out/more")
         check_stage(scst, "scst.pt")
-        for more in (("--baseline=leave_one_out", "--samples=3"), ("--bleu_weight=1.0",)):
+        for more in (("--baseline=leave_one_out", "--samples=3", "--xe_weight=0.1"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
             assert "before" in said and "after" in said and "validation CIDEr" in said
         run(scst, *TOY[scst], "--dtype=bfloat16", "--out_dir=out/bf16")
