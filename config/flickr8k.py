@@ -5,6 +5,7 @@ dataset = "flickr8k"
 vit_ckpt = "out/clip/best.pt"  # python vit.py config/clip.py; 32x32 patches of 4 pixels
 gpt_ckpt = "out/captions_cpu/best.pt"  # python gpt.py config/captions_cpu.py, which takes seconds on a GPU
 image_size = 128
+train_size = 112
 fusion = "cross"
 connector = "pixel_shuffle"  # 256 image tokens instead of 1,024
 max_minutes = 8.0
