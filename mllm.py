@@ -12,7 +12,7 @@ about one image, several, or a clip.
     python mllm.py config/flickr8k_cpu.py --baselines=True                 what people and the nearest photos score
 
 Expect every attribute right in 99% of held-out drawn images, and a test CIDEr of 34 to 37 from config/flickr8k_cpu.py:
-26 minutes on two CPU cores with AVX512-BF16 or AMX.
+33 minutes on two CPU cores with AVX512-BF16 or AMX.
 Training has two phases: `align`, on captions alone, trains what is new, such as the connector, while what stages 1 and
 2 brought is frozen; `sft` (supervised fine-tuning) trains all, or all but the ViT, on all samples. A run writes
 log.csv, loss.png, captions.png or answers.png, align.pt, sft.pt (the best on validation by CIDEr, or by right answers)

@@ -7,7 +7,7 @@ share of right answers to questions.
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
 
 Expect the test CIDEr of config/flickr8k_cpu.py to go from 36 to 44, or from 34 to 42 with another seed: 22 minutes
-on two CPU cores with AVX512-BF16 or AMX. (Measured before the recipe had xe_weight; not run in full since.)
+on two CPU cores with AVX512-BF16 or AMX. (Measured before the recipe had kl_weight; not run in full since.)
 
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
@@ -22,10 +22,12 @@ Departures from the paper:
   middle of "in front of a", which costs CIDEr nothing
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
 - the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
-- n-grams do not ask for sense: beside the reward stands the cross-entropy of captions by people (xe_weight)
+- n-grams do not ask for sense, which the model had before: with kl_weight, a sample costs what it has become likelier
+  since then, in expectation the KL divergence from that model (as in Ziegler et al. 2019)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
+import copy
 import time
 from pathlib import Path
 
@@ -61,8 +63,7 @@ consensus = 0  # with eval_only: also caption by so many samples, of which the o
 cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
 exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
-# and beside the reward
-xe_weight = 0.0  # cross-entropy of a caption of each photo by people, added to the loss
+kl_weight = 0.0  # minus the nats that a sample has become likelier since the start: keeps what the model knew of sense
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
 max_sample_tokens = 0  # longer samples end there, without an end token; 0: as long as fits the context
@@ -90,6 +91,7 @@ class Reward:
     """Scores captions against references, such as those of the training photos: a list of str for each."""
 
     def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0):
+        self.texts = references
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
         self.cider_weight, self.bleu_weight, self.exact_weight = cider_weight, bleu_weight, exact_weight
         self.cider = CiderD(self.references)
@@ -127,13 +129,10 @@ def scst_loss(log_probs, advantage):
     return -(advantage[:, None] * log_probs).sum()
 
 
-def xe_loss(model, tokens, prompts, answers, tokenizer):
-    """The mean cross-entropy of the tokens of answers, a str by a person for each of the prompts (b, Tp); tokens: of
-    their images, see mllm.answer_log_probs(). What does not fit the context is cut off."""
-    room, end = model.config.gpt.block_size + 1 - prompts.size(1), tokenizer.eos_id
-    rows = [torch.tensor((tokenizer.encode(answer) + [end])[:room]) for answer in answers]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end).to(prompts.device)  # (b, T)
-    return -mllm.answer_log_probs(model, tokens, prompts, ids).sum() / mllm.answer_mask(ids, end).sum()
+def kl_costs(log_probs, before, K):
+    """(B * K, T) log-probabilities of K samples per photo, now and under the model before -> (B * K,): how many nats
+    each has become likelier, against the mean of the photo's other samples"""
+    return advantages((log_probs.detach() - before).sum(dim=1).view(-1, K)).flatten()
 
 
 def sample_statistics(captions, rewards):
@@ -165,9 +164,9 @@ def find_sft():
 
 # training ------------------------------------------------------------------------------------------------------------
 
-def train(run, model, optimizers, data, reward, prompts, references, **about):
-    """SCST until the run is over. prompts: what the model is asked, samples of mllm.py, and references, what people
-    answered, a list of str for each; about: what else the checkpoints are to hold, such as sft_settings."""
+def train(run, model, before, optimizers, data, reward, prompts, **about):
+    """SCST until the run is over. before: the model as it was at the start; prompts: what it is asked, samples of
+    mllm.py; reward knows their references. about: what else the checkpoints are to hold, such as sft_settings."""
     sft, tokenizer = about["sft_settings"], data["tokenizer"]
     dev, per_step, history = config.device_of(model), min(batch_size, len(prompts)), []
     lengths = torch.tensor([[len(mllm.prompt_ids(model, data, prompt)), len(prompt["images"])] for prompt in prompts])
@@ -179,6 +178,14 @@ def train(run, model, optimizers, data, reward, prompts, references, **about):
             ids = model.generate(tokens.detach(), ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
         rows = ids.tolist()
         return ids, list(map(tokenizer.decode, rows)), [tokenizer.eos_id in row for row in rows]
+
+    def loss_of(tokens, ids, sampled, advantage):
+        log_probs = mllm.answer_log_probs(model, tokens, ids, sampled)  # (b * K, T)
+        if kl_weight:
+            with torch.no_grad():
+                log_probs_before = mllm.answer_log_probs(before, tokens, ids, sampled)
+            advantage = advantage - kl_weight * kl_costs(log_probs, log_probs_before, samples)
+        return scst_loss(log_probs, advantage)
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -205,7 +212,7 @@ def train(run, model, optimizers, data, reward, prompts, references, **about):
             asked, draft = [prompts[i] for i in some], []
             numbers = list(dict.fromkeys(i for prompt in asked for i in prompt["images"]))
             texts = [[text for i in some if number in prompts[i]["images"]
-                      for text in mllm.texts_of([prompts[i]]) + references[i]]
+                      for text in mllm.texts_of([prompts[i]]) + reward.texts[i]]
                      for number in numbers]
             images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"],
                                     sft.get("train_size", 0))
@@ -220,20 +227,15 @@ def train(run, model, optimizers, data, reward, prompts, references, **about):
                 rewards = reward(*captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
                 advantage = advantages(rewards, None if greedy is None else reward(*greedy, places))
                 in_reward += time.perf_counter()
-                draft.append((tokens, ids, sampled, advantage.flatten().to(dev), places))
+                draft.append((tokens, ids, sampled, advantage.flatten().to(dev)))
                 said, values = said + to_words(*captions), values + [rewards]
             drafts.append(draft)
         n_tokens, = config.sum_numbers(sum(mllm.answer_mask(sampled, tokenizer.eos_id).sum().item()
-                                           for draft in drafts for _, _, sampled, *_ in draft), device=dev)
+                                           for draft in drafts for _, _, sampled, _ in draft), device=dev)
         loss = 0.0
         for draft in drafts:  # learn from them
             with config.autocast(model):
-                part = sum(scst_loss(mllm.answer_log_probs(model, tokens, ids, sampled), advantage)
-                           for tokens, ids, sampled, advantage, _ in draft) / n_tokens  # of the loss of the batch
-                if xe_weight:
-                    for tokens, ids, _, _, places in draft:
-                        told = [references[row][torch.randint(len(references[row]), ())] for row in places]
-                        part = part + xe_weight * len(told) / per_step * xe_loss(model, tokens, ids, told, tokenizer)
+                part = sum(loss_of(*some) for some in draft) / n_tokens  # of the loss of the batch
             part.backward()
             loss += part.detach()
         loss = config.update(model, optimizers, loss, factor, grad_clip)
@@ -250,8 +252,8 @@ def main(argv=None):
     settings, out = config.override(globals(), argv), Path(out_dir)
     if image or prompt or chat or eval_only:
         return mllm.use(out / "scst.pt", "scst", settings)
-    if baseline == "leave_one_out" and samples < 2:
-        config.fail("baseline=leave_one_out needs samples of at least 2")
+    if (baseline == "leave_one_out" or kl_weight) and samples < 2:
+        config.fail("baseline=leave_one_out and kl_weight need samples of at least 2")
     resumed = config.resume("scst", settings, start="sft")
     start_from = Path(resumed["sft"]) if resumed else find_sft()
     model, checkpoint = mllm.load_captioner(start_from, "mllm", device, resumed["dtype"] if resumed else dtype)
@@ -259,7 +261,7 @@ def main(argv=None):
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
     prompts, references = mllm.prompts_of(data["splits"]["train"])
     config.check_batch(min(batch_size, len(prompts)), accumulation)
-    before = {name: w.clone() for name, w in model.state_dict().items()}
+    before = copy.deepcopy(model).eval()
     model.vit.requires_grad_(train_vit)
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
@@ -267,14 +269,14 @@ def main(argv=None):
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt")
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
-    train(run, model, optimizers, data, reward, prompts, references, sft=str(start_from), sft_settings=sft,
+    train(run, model, before, optimizers, data, reward, prompts, sft=str(start_from), sft_settings=sft,
           asks=data["asks"], tokenizer=checkpoint["tokenizer"], image_transform=checkpoint["image_transform"])
     if not config.is_main():
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
     best, captions = [], []
     print(f"{'':<13}" + "".join(f"{name:>13}" for name in TABLE))
-    for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
+    for when, weights in (("before", before.state_dict()), ("after", config.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
         for split in ("val", "test"):
             scores, said = mllm.evaluate_decodings(model, data, split, beams, length_penalty)

@@ -1745,16 +1745,10 @@ def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     close(log_probs.grad, torch.tensor([[-3.0] * 4, [6.0] * 4]))
 
 
-def test_cross_entropy_beside_scst_is_that_of_the_training_before():
-    model, tokenizer = shake(tiny_mllm()), BPETokenizer([])
-    tokens, ids = model.encode(photos(2)).detach(), [[5, 6, 2, 2], [5, 6, 7, 2]]  # 2 is the end token
-    answers = [tokenizer.decode([5, 6]), tokenizer.decode([5, 6, 7])]
-    prompts = model.caption_prompt(tokens)
-    inputs = torch.cat((prompts, torch.tensor(ids)[:, :-1]), dim=1)
-    targets = torch.full_like(inputs, -1)
-    targets[:, -4:] = torch.tensor(ids)
-    targets[0, -1] = -1
-    close(scst.xe_loss(model, tokens, prompts, answers, tokenizer), model(tokens, inputs, targets)[1])
+def test_what_has_become_likelier_costs():
+    now, before = torch.tensor([[-1.0, -1, 0], [-2, -2, -2]]), torch.tensor([[-4.0, -2, 0], [-2, -2, -2]])
+    costs = scst.kl_costs(now.requires_grad_(), before, 2)  # 4 nats and none
+    assert costs.tolist() == [4, -4] and not costs.requires_grad
 
 
 def test_captions_for_evaluation_are_written_without_dropout():
@@ -2490,7 +2484,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
         run(scst, *TOY[scst], "--sft_dir=out/crossed", "--out_dir=out/more")
         check_stage(scst, "scst.pt")
-        for more in (("--baseline=leave_one_out", "--samples=3", "--xe_weight=0.1"), ("--bleu_weight=1.0",)):
+        for more in (("--baseline=leave_one_out", "--samples=3", "--kl_weight=0.1"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
             assert "before" in said and "after" in said and "validation CIDEr" in said
         run(scst, *TOY[scst], "--dtype=bfloat16", "--out_dir=out/bf16")

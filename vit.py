@@ -6,8 +6,8 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
     python prepare_flickr8k.py && python vit.py config/clip_cpu.py
     python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, people in a street"
 
-Expect 88% of the test images from config/cifar_cpu.py, in 40 minutes on two CPU cores with AVX512-BF16 (one seed); and
-from config/clip_cpu.py, for 30% of 1,000 test photos, an own caption among the ten nearest, in 8 minutes.
+Expect 85% of the test images from config/cifar_cpu.py, in 20 minutes on two CPU cores with AVX512-BF16 (one seed); and
+from config/clip_cpu.py, for 30% of 1,000 test photos, an own caption among the ten nearest, in 10 minutes.
 A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png to out_dir. The
 best checkpoint is chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
 """

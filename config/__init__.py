@@ -36,7 +36,7 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
         gpt_layer gpt_head gpt_embd text_layer text_embd cross_every experts_per_token""".split(), (1, math.inf)),
     **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
         first_size frames across_layer n_experts balance_weight context consensus train_size max_sample_tokens
-        xe_weight""".split(), (0, math.inf)),
+        kl_weight""".split(), (0, math.inf)),
     **dict.fromkeys("crop jitter word_dropout cooldown growth top_p".split(), (0, 1)),
     **dict.fromkeys("dropout label_smoothing align_share patch_dropout".split(), (0, 0.99)),
     "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "max_tiles": (1, 4), "yarn": (1, math.inf),
