@@ -696,10 +696,12 @@ class PatchEmbedding(nn.Module):
 
     @staticmethod
     def unit(n_in, n_out, stride):
+        """The layers of a convolution with its norm and ReLU."""
         return [nn.Conv2d(n_in, n_out, 3, stride, padding=1), nn.GroupNorm(1, n_out), nn.ReLU()]
 
     @staticmethod
     def halvings(patch_size):
+        """How often an image is halved until a patch is one place."""
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise SettingError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
         return patch_size.bit_length() - 1

@@ -7,5 +7,5 @@ patch_size = 4  # 16x16 patches an image, as Compact Transformers have
 n_layer = 7
 n_head = 4
 n_embd = 256
-stem = "residual"
+stem = "residual"  # see config/cifar_cpu.py
 eval_interval = 1000
