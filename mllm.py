@@ -34,7 +34,7 @@ import config
 from config.tools.data import augment_photos, join_tiles, load_photos, open_images, to_images
 from config.tools.judges import Judges
 from config.tools.metrics import CiderD, bleu, caption_scores, cider, document_frequencies, most_alike, \
-    nearest_captions, words_of
+    nearest_captions, thumbnails, words_of
 from config.tools.pictures import draw_places, plot, save_grid, side_by_side
 from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_clip_vit, load_gpt2
 from config.tools.questions import draw_conversations
@@ -672,7 +672,7 @@ def talk(model, checkpoint, settings):
 
 
 def print_baselines(model, data, split):
-    """A table of what people, the nearest training photos' captions and the model (or None) score on a split, all
+    """A table of what people, the captions of the nearest training photos and the model (or None) score on a split, all
     against the references but the first, which is the caption of the people; and what the judges say."""
     if data["asks"]:
         config.fail("the baselines are captions; these samples hold questions")
@@ -685,7 +685,11 @@ def print_baselines(model, data, split):
     captions, others = {"people": [texts[p][0] for p in photos]}, [texts[p][1:] for p in photos]
     if not all(others):
         config.fail("to compare people with each other takes two captions of each photo")
-    captions["nearest training photos"] = nearest_captions(data["images"].flatten(1, -3), texts, train, photos)
+    captions["nearest by 8x8 pixels"] = nearest_captions(thumbnails(data["images"].flatten(1, -3)), texts, train,
+                                                         photos, 20)
+    if data["judges"].clip:
+        vectors = data["judges"].embed(range(len(data["images"]))).cpu()
+        captions["nearest by CLIP"] = nearest_captions(vectors, texts, train, photos, 60)
     if model:
         captions["this model, greedy"] = evaluate(model, data, split)[1]
     table = {}

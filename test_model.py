@@ -1718,6 +1718,15 @@ def test_the_consensus_is_the_caption_most_like_the_others():
     assert metrics.most_alike(texts, metrics.CiderD([], frequencies)) in (0, 3)
 
 
+def test_the_nearest_photos_lend_their_consensus():
+    captions = [["a red ball"], ["a blue ball", "a blue ball"], ["two dogs"], ["a blue ball"]]
+    vectors = F.normalize(torch.tensor([[0.0, 1], [1, 0.2], [1, 0.1], [1, 0]]), dim=1)
+    assert metrics.nearest_captions(vectors, captions, [0, 1, 2], [3], 1) == ["two dogs"]
+    assert metrics.nearest_captions(vectors, captions, [0, 1, 2], [3, 0], 2) == ["a blue ball"] * 2
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    close(metrics.thumbnails(images).norm(dim=1), torch.ones(3))
+
+
 def test_advantages_of_both_baselines():
     rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
     assert torch.allclose(scst.advantages(rewards, torch.tensor([2.0, 1.0])), torch.tensor([[-1., 0, 4], [-1, -1, 2]]))
@@ -2478,7 +2487,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         assert run(mllm, *TOY[mllm], "--image=photo.png", *sampled).count("photo.png: ") == 3
         check_bad_images(mllm)
         table = run(mllm, "--baselines=True", "--device=cpu", "--out_dir=out/mllm")  # on the data of that run
-        assert all(name in table for name in ("people", "nearest training photos", "this model"))
+        assert all(name in table for name in ("people", "nearest by 8x8 pixels", "this model"))
         crossed = (*TOY[mllm], "--fusion=cross", "--connector=linear", "--gpt_layer=2", "--cross_every=2")
         run(mllm, *crossed, "--out_dir=out/crossed")
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1

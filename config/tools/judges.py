@@ -48,15 +48,22 @@ class Judges:
         return torch.cat(nats).cpu()
 
     @torch.no_grad()
-    def cosines(self, captions, photos, batch_size=250):
-        """n str, and the index of each one's photo -> (n,) cosines of CLIP between them"""
+    def embed(self, photos, batch_size=250):
+        """n indices of photos -> (n, d) unit vectors of CLIP"""
         dev, new = config.device_of(self.clip), sorted(set(photos) - set(self.vectors))
         with evaluating(self.clip), config.autocast(self.clip):
             for some in (new[i:i + batch_size] for i in range(0, len(new), batch_size)):
                 self.vectors |= zip(some, self.clip.embed_images(self.images[some].to(dev)))
+        return torch.stack([self.vectors[photo] for photo in photos]).float()
+
+    @torch.no_grad()
+    def cosines(self, captions, photos, batch_size=250):
+        """n str, and the index of each one's photo -> (n,) cosines of CLIP between them"""
+        dev, photos = config.device_of(self.clip), self.embed(photos)
+        with evaluating(self.clip), config.autocast(self.clip):
             ids = pad_texts(captions, self.clip_tokenizer, self.clip.config.max_tokens).to(dev)
             texts = torch.cat([self.clip.embed_texts(some) for some in ids.split(batch_size)])  # (n, d)
-        return (texts * torch.stack([self.vectors[photo] for photo in photos])).sum(dim=1).cpu()
+        return (texts * photos).sum(dim=1).cpu()
 
     def scores(self, captions, photos):
         """{name: value} of captions of photos. nats: a token, under the GPT. surprising: per cent of the captions that

@@ -140,12 +140,16 @@ def most_alike(texts, scorer, vectors=None):
     return int(np.argmax([scorer.score(each, vectors) for each in vectors]))  # to itself each is equally similar
 
 
-def nearest_captions(images, captions, train, photos, k=20):
-    """For each of the photos the consensus caption of the k training photos most like it when reduced to 8x8 pixels. A
-    list of str. images: (n, 3, H, W) uint8; captions: a list of str for each; train, photos: indices of images."""
+def thumbnails(images):
+    """(n, 3, H, W) uint8 -> (n, 192) unit vectors: the pixels of the images when reduced to 8x8, less their means."""
     small = torch.cat([F.adaptive_avg_pool2d(some.float(), 8).flatten(1) for some in images.split(500)])  # (n, 192)
-    small, chosen = F.normalize(small - small.mean(dim=0), dim=1), []
-    near = (small[photos] @ small[train].T).topk(min(k, len(train)), dim=1).indices.tolist()  # (n, k)
+    return F.normalize(small - small.mean(dim=0), dim=1)
+
+
+def nearest_captions(vectors, captions, train, photos, k):
+    """For each of the photos the consensus caption of the k training photos most like it. A list of str. vectors:
+    (n, d), of unit length; captions: a list of str for each; train, photos: indices of both."""
+    near, chosen = (vectors[photos] @ vectors[train].T).topk(min(k, len(train)), dim=1).indices.tolist(), []  # (n, k)
     scorer = CiderD([[words_of(caption) for caption in captions[p]] for p in train])
     for row in near:
         texts = [caption for i in row for caption in captions[train[i]]]
