@@ -686,10 +686,10 @@ def print_baselines(model, data, split):
     if not all(others):
         config.fail("to compare people with each other takes two captions of each photo")
     captions["nearest by 8x8 pixels"] = nearest_captions(thumbnails(data["images"].flatten(1, -3)), texts, train,
-                                                         photos, 20)
+                                                         photos)
     if data["judges"].clip:
         vectors = data["judges"].embed(range(len(data["images"]))).cpu()
-        captions["nearest by CLIP"] = nearest_captions(vectors, texts, train, photos, 60)
+        captions["nearest by CLIP"] = nearest_captions(vectors, texts, train, photos)
     if model:
         captions["this model, greedy"] = evaluate(model, data, split)[1]
     table = {}

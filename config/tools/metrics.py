@@ -146,7 +146,7 @@ def thumbnails(images):
     return F.normalize(small - small.mean(dim=0), dim=1)
 
 
-def nearest_captions(vectors, captions, train, photos, k):
+def nearest_captions(vectors, captions, train, photos, k=20):
     """For each of the photos the consensus caption of the k training photos most like it. A list of str. vectors:
     (n, d), of unit length; captions: a list of str for each; train, photos: indices of both."""
     near, chosen = (vectors[photos] @ vectors[train].T).topk(min(k, len(train)), dim=1).indices.tolist(), []  # (n, k)
