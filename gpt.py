@@ -166,12 +166,12 @@ def main(argv=None):
     model = GPT(GPTConfig(**resumed["config"]) if resumed else model_config)
     model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    run = config.Run("gpt", settings, dataset, model, optimizers, resumed)
+    samples = resumed["samples"] if resumed else {}  # {per cent of the run: text}
+    run = config.Run("gpt", settings, dataset, model, optimizers, resumed, tokenizer=state, samples=samples)
     print(f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
     run_model = config.maybe_compile(model, compile)
     beginning = "" if hasattr(tokenizer, "bos_id") else "\n"  # of the samples; an empty one needs a first token
-    samples = resumed["samples"] if resumed else {}  # {per cent of the run: text}
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -186,7 +186,7 @@ def main(argv=None):
                 loads = model.expert_loads()
                 brief = {"load": f"{min(loads.values()):.2f} to {max(loads.values()):.2f}"} if loads else {}
                 run.log({"val": val} | brief, factor * adam_lr, batch_size * block_size, "tok", file_only=loads)
-                run.save(-val, tokenizer=state, samples=samples)
+                run.save(-val)
         if progress == 1:
             break
         x, y = get_batch(train_ids, run.step)

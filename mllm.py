@@ -631,7 +631,7 @@ def answer_files(model, checkpoint, settings):
         save_grid(out / "captioned.png", strips, ["\n".join(asked + lines[i]) for i in range(len(samples))])
         print(f"wrote {out / 'captioned.png'}")
     for i, (words, places) in sorted(looks.items()):
-        path = out / f"places_{i + 1}_{Path(data['names'][i].split(',')[0]).stem}.png"
+        path = out / f"places_{i + 1}_{Path(data['names'][i].split(',')[0]).stem[:50]}.png"
         draw_places(path, data["pictures"][samples[i]["images"]].flatten(0, -4), words, places.float().cpu())
     if broken:
         config.fail(f"not images that Pillow can read: {', '.join(broken)}")
@@ -735,7 +735,8 @@ def train(model, data, phase, settings, resumed, before):
     freeze(model, phase)
     optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
     end = align_share if phase == "align" else 1.0  # the share of the run at which the phase ends
-    run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before)
+    run = config.Run("mllm", settings, dataset, model, optimizers, resumed, f"{phase}.pt", end, before, phase=phase,
+                     tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, asks=data["asks"])
     run_model = config.maybe_compile(model, compile)
     same_view = crop == 1 and not jitter and not mirror and not train_size and not patch_dropout and max_tiles == 1
     if phase == "sft" and not train_vit and same_view:
@@ -757,8 +758,7 @@ def train(model, data, phase, settings, resumed, before):
                 brief = ("val_cider", "val_bleu4", "val_shuffled", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
                 run.log(numbers, factor * adam_lr, per_step, units, file_only=scores | model.gpt.expert_loads())
-                run.save(score, tokenizer=data["tokenizer"].state(), image_transform={"size": image_size}, phase=phase,
-                         asks=data["asks"])
+                run.save(score)
         if progress == 1:
             break
         draw, samples = config.shared_generator(seed, run.step), []

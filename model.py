@@ -690,6 +690,8 @@ class PatchEmbedding(nn.Module):
     def __init__(self, patch_size, n_embd, stem="patch"):
         super().__init__()
         self.patch_size = patch_size
+        if stem != "patch" and n_embd < patch_size:
+            raise SettingError(f"stem={stem} and patches of {patch_size} pixels take a width of {patch_size} or more")
         linear_stem = lambda patch_size, n_embd: nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
         self.stem = choose({"patch": linear_stem, "conv": self.conv_stem, "residual": self.residual_stem},
                            stem=stem)(patch_size, n_embd)

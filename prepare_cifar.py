@@ -22,11 +22,19 @@ MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 RECORD = 1 + 3 * 32 * 32  # bytes
 
 
+def read_member(tar, name, most):
+    """The bytes of a member of the open archive, a file of at most so many."""
+    member = tar.getmember(f"cifar-10-batches-bin/{name}")
+    if not member.isfile() or member.size > most:
+        raise ValueError(f"{name} is no file of at most {most:,} bytes")
+    return tar.extractfile(member).read()
+
+
 def read_batch(tar, name):
     """(labels (10000,), images (10000, 3, 32, 32)) of one member of the open archive."""
-    records = np.frombuffer(tar.extractfile(f"cifar-10-batches-bin/{name}").read(), dtype=np.uint8).reshape(-1, RECORD)
+    records = np.frombuffer(read_member(tar, name, 10_000 * RECORD), dtype=np.uint8).reshape(-1, RECORD)
     if len(records) != 10_000 or records[:, 0].max() > 9:
-        config.fail(f"{name} in {out_dir}/cifar-10-binary.tar.gz is not a batch of CIFAR-10; delete it and retry")
+        raise ValueError(f"{name} is no batch of CIFAR-10")
     return records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
 
 
@@ -37,7 +45,7 @@ def main(argv=None):
     archive = download(out / "cifar-10-binary.tar.gz", URLS, MD5)
     try:
         with tarfile.open(archive) as tar:
-            classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode().split()
+            classes = read_member(tar, "batches.meta.txt", 1000).decode().split()
             train = [read_batch(tar, f"data_batch_{i}.bin") for i in range(1, 6)]
             test = [read_batch(tar, "test_batch.bin")]
     except (tarfile.TarError, KeyError, EOFError, ValueError, zlib.error) as e:

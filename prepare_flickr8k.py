@@ -25,7 +25,7 @@ from PIL import Image
 
 import config
 from config.tools.conversations import read_conversations, split_by_image
-from config.tools.data import download, save_array, save_json, to_images
+from config.tools.data import download, save_array, save_json, to_images, zip_problem
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what gpt.py and mllm.py read with --dataset=flickr8k
@@ -49,8 +49,11 @@ def clean(caption):
 
 def read_flickr8k(out):
     """{photo: captions}, {split: photos}, and a function that opens a photo by its name."""
-    texts, photos = (zipfile.ZipFile(download(out / name, [mirror + name for mirror in MIRRORS]))
+    texts, photos = (zipfile.ZipFile(download(out / name, [mirror + name for mirror in MIRRORS], check=zip_problem))
                      for name in ("Flickr8k_text.zip", "Flickr8k_Dataset.zip"))
+    for member in (*texts.infolist(), *photos.infolist()):
+        if member.file_size > 100e6:
+            config.fail(f"{member.filename} in {out} would be {member.file_size / 1e6:,.0f} MB; delete the archive")
     paths = {path.rsplit("/", 1)[-1]: path for path in photos.namelist()
              if path.endswith(".jpg") and not path.startswith("__MACOSX")}
     captions = {}
@@ -75,11 +78,18 @@ def read_folder(folder):
                     "conversations in *.jsonl")
     captions = {}
     with open(file, newline="", encoding="utf-8-sig") as f:
-        for row in csv.reader(f):
+        for number, line in enumerate(f, 1):  # a quote that is not closed ends with its line
+            if len(line) > 10_000:
+                config.fail(f"{file}, line {number}: {len(line):,} characters are no caption")
+            row = next(csv.reader([line]), [""])
             text = ",".join(row[1:]).strip()  # a caption with commas and without quotes stays whole
             if text and (row[0], text) != ("image", "caption"):
+                if not row[0].strip():
+                    config.fail(f"{file}, line {number} names no image")
                 text = text.removeprefix('"').removesuffix('"') if text[0] == '"' else text  # quoted behind a space
                 captions.setdefault(row[0], []).append(clean(text))
+    if not captions:
+        config.fail(f"{file} has no line of the form `image,caption`")
     images = images_of(folder)
     for name in captions:
         if not (images / name).is_file():
@@ -124,6 +134,8 @@ def main(argv=None):
     out, folder, named = Path(out_dir), Path(source), {}
     if source and out == Path("data/flickr8k"):
         config.fail("your own photos need a folder of their own beside Flickr8k's, such as --out_dir=data/mine")
+    if source and not folder.is_dir():
+        config.fail(f"--source={source} is no folder")
     files = sorted(folder.glob("*.jsonl")) if source else []
     if files and (folder / "captions.txt").is_file():
         config.fail(f"{folder} holds both captions.txt and {files[0].name}; move one of them away")
@@ -134,10 +146,10 @@ def main(argv=None):
         else:
             captions, splits, open_photo = read_folder(folder) if source else read_flickr8k(out)
             names, table = caption_table(captions, splits)
-    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as e:
-        config.fail(f"an archive in {out} is broken ({e}); delete it and run this again")
     except UnicodeDecodeError as e:
-        config.fail(f"captions.txt is not UTF-8 ({e})")
+        config.fail(f"the captions are not UTF-8 ({e})")
+    except (zipfile.BadZipFile, KeyError, EOFError, ValueError, RuntimeError, zlib.error) as e:
+        config.fail(f"{source} is broken ({e})" if source else f"an archive in {out} is broken ({e}); delete it and retry")
     out.mkdir(parents=True, exist_ok=True)
     images = np.zeros((len(names), *([max_tiles] * (max_tiles > 1)), 3, size, size), dtype=np.uint8)
     layouts = np.zeros(len(names), dtype=np.int64)
@@ -145,7 +157,8 @@ def main(argv=None):
         try:
             image, layout = to_images([open_photo(name)], size, max_tiles)
             images[i], layouts[i] = image[0].numpy(), layout.item()
-        except (OSError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as e:
+        except (OSError, KeyError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error,
+                Image.DecompressionBombError) as e:
             where = f"{named[name]}: " if name in named else ""
             config.fail(f"{where}{name} cannot be read as an image ({e})")
         if i % 100 == 0:

@@ -154,6 +154,8 @@ def batch_of(lengths, batch_size, step, seed):
 def find_sft():
     """The sft.pt to start from."""
     found = sorted(Path(sft_dir or "out").glob("sft.pt" if sft_dir else "*/sft.pt"), key=lambda p: p.stat().st_mtime)
+    if Path(sft_dir).is_file():
+        config.fail(f"sft_dir={sft_dir} is a file; name its folder")
     if found and found[-1].parent == Path(out_dir):
         config.fail(f"out_dir={out_dir} is where {found[-1]} lies, which a new run would rename; choose another")
     if not found:
@@ -163,11 +165,11 @@ def find_sft():
 
 # training ------------------------------------------------------------------------------------------------------------
 
-def train(run, model, before, optimizers, data, reward, prompts, **about):
+def train(run, model, before, optimizers, data, reward, prompts):
     """SCST until the run is over. before: the model as it was at the start; prompts: what it is asked, samples of
-    mllm.py; reward knows their references. about: what else the checkpoints are to hold, such as sft_settings."""
-    sft, tokenizer = about["sft_settings"], data["tokenizer"]
-    dev, per_step, history = config.device_of(model), min(batch_size, len(prompts)), []
+    mllm.py; reward knows their references."""
+    sft, tokenizer = run.more["sft_settings"], data["tokenizer"]
+    dev, per_step = config.device_of(model), min(batch_size, len(prompts))
     lengths = torch.tensor([[len(mllm.prompt_ids(model, data, prompt)), len(prompt["images"])] for prompt in prompts])
     lengths = lengths @ torch.tensor([1, 10 ** 6])  # (n,), the same for equally long prompts about equally many images
     fixed = range(0, len(prompts), max(1, len(prompts) // 200))  # training prompts whose greedy answers are scored
@@ -191,16 +193,13 @@ def train(run, model, before, optimizers, data, reward, prompts, **about):
         factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
         if run.due():
             with run.paused():
-                numbers = {name: float(np.mean([row[name] for row in history])) for name in (history or [{}])[0]}
                 greedy = mllm.write_answers(model, data, [prompts[i] for i in fixed])
-                numbers["greedy"] = reward(*greedy, fixed).mean().item()
+                numbers = {"greedy": reward(*greedy, fixed).mean().item()}
                 scores = {f"val_{name}": value for name, value in mllm.evaluate(model, data, "val")[0].items()}
                 brief = ("val_cider", "val_bleu4", "val_broken", "val_distinct", "val_surprising", "val_right")
                 numbers |= {name: scores[name] for name in brief if name in scores}
                 run.log(numbers, factor * lr, per_step * samples, "captions", file_only=scores)
-                run.save(scores["val_right" if exact_weight else "val_cider"], **about)
-        if run.step % eval_interval == 0:
-            history = []
+                run.save(scores["val_right" if exact_weight else "val_cider"])
         if progress == 1:
             break
         batch = config.my_share(batch_of(lengths, per_step, run.step, seed))  # of the prompts
@@ -241,8 +240,7 @@ def train(run, model, before, optimizers, data, reward, prompts, **about):
         row = sample_statistics(said, torch.cat(values))
         row = dict(zip(row, config.sum_numbers(*(v / config.n_processes() for v in row.values()), device=dev)))
         row["reward_share"] = 100 * in_reward / (time.perf_counter() - began)  # of the step's time, in per cent
-        history.append(row)
-        run.advance(loss)
+        run.advance(loss, row)
     run.stop()
 
 
@@ -265,11 +263,12 @@ def main(argv=None):
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
     reward = Reward(references, cider_weight, bleu_weight, exact_weight)
-    run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt")
+    run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt", sft=str(start_from),
+                     sft_settings=sft, asks=data["asks"], tokenizer=checkpoint["tokenizer"],
+                     image_transform=checkpoint["image_transform"])
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
-    train(run, model, before, optimizers, data, reward, prompts, sft=str(start_from), sft_settings=sft,
-          asks=data["asks"], tokenizer=checkpoint["tokenizer"], image_transform=checkpoint["image_transform"])
+    train(run, model, before, optimizers, data, reward, prompts)
     if not config.is_main():
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")

@@ -3,22 +3,29 @@ The tests: plain functions and bare asserts, in the order of model.py. Each fail
 
     python test_model.py            # all of them; ends with `N passed, M failed`
     python test_model.py bpe        # those with "bpe" in their name
+    python test_model.py --all      # the long ones too, of hard use: a quarter of an hour
     pytest test_model.py            # works as well, and is not needed
 """
 
 import ast
 import builtins
 import contextlib
+import copy
 import csv
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,7 +35,9 @@ import time
 import traceback
 import types
 import unicodedata
+import warnings
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,13 +82,13 @@ def close(a, b, atol=1e-5):
 
 
 def raises(exception, text, f, *args):
-    """Assert that f(*args) raises exception (SystemExit too) with text in its message."""
+    """Assert that f(*args) raises exception (SystemExit too), or one of several, with text in its message."""
     try:
         f(*args)
     except exception as e:
         assert text in str(e), f"{text!r} is not in {str(e)!r}"
     else:
-        raise AssertionError(f"no {exception.__name__}")
+        raise AssertionError(f"no error with {text!r}")
 
 
 def shake(module, std=0.3):
@@ -1209,10 +1218,13 @@ def test_help_lists_every_setting_and_its_reason():
         assert comment and f"--{name}={value}" in printed.getvalue() and comment in printed.getvalue(), name
 
 
+BARE = {"settings": {}, "config": {}, "model": {}, "step": 2, "dtype": "float32"}  # a checkpoint of nothing
+
+
 def test_checkpoints_are_moved_into_place_and_hold_nothing_to_execute():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run", "best.pt")
-        config.save(path, {"model": {"w": torch.arange(3)}, "stage": "gpt", "step": 2})
+        config.save(path, BARE | {"model": {"w": torch.arange(3)}, "stage": "gpt"})
         assert config.load(path, "gpt")["model"]["w"].tolist() == [0, 1, 2] and os.listdir(path.parent) == ["best.pt"]
         raises(SystemExit, "is no checkpoint of vit, but of gpt", config.load, path, "vit")
         raises(SystemExit, "train one first: python gpt.py", config.load, Path(folder, "none.pt"), "gpt")
@@ -1234,7 +1246,10 @@ def test_a_new_run_replaces_no_old_checkpoint():
         Path(folder, "best.pt").write_text("fourth")
         config.set_aside(Path(folder), "mine")
         assert [Path(folder, name).read_text() for name in names] == ["fourth", "second", "third"]
-        config.save(Path(folder, "last.pt"), {"stage": "gpt", "dataset": "flickr8k"})
+        Path(folder, "last.pt").write_text("damaged")
+        config.set_aside(Path(folder), "mine")
+        assert Path(folder, "last.old.pt").read_text() == "damaged"
+        config.save(Path(folder, "last.pt"), BARE | {"stage": "gpt", "dataset": "flickr8k"})
         raises(SystemExit, "holds a run on flickr8k", config.set_aside, Path(folder), "mine")
         assert Path(folder, "last.pt").exists()
 
@@ -1507,31 +1522,53 @@ def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
         raises(SystemExit, "lacks embeddings.patch_embedding.weight", pretrained.load_clip_vit, "hub/gpt2")
 
 
-def test_downloads_resume_and_fall_back_to_the_second_source():
-    content, ranges = bytes(range(256)) * 40, []
+@contextlib.contextmanager
+def serving(answer):
+    """The address of a server on this machine; answer(path, start) -> status, headers, body and how much of it is sent,
+    for the bytes from start on."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            ranges.append(start)
-            self.send_response(404 if "missing" in self.path else 206 if start else 200)
-            body = b"other" if "other" in self.path else content[start:]
-            self.send_header("Content-Length", str(len(body)))
+            status, headers, body, sent = answer(self.path, int(self.headers.get("Range", "bytes=0-")[6:-1]))
+            self.send_response(status)
+            for name, value in ({"Content-Length": len(body)} | headers).items():
+                self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
 
         def log_message(self, *args):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url, md5 = f"http://127.0.0.1:{server.server_port}/", hashlib.md5(content).hexdigest()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def part_of(content, start):
+    """What a server answers that does as it should."""
+    if start >= len(content):
+        return 416, {"Content-Range": f"bytes */{len(content)}"}, b"", None
+    where = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+    return 206 if start else 200, where, content[start:], None
+
+
+def test_downloads_resume_and_fall_back_to_the_second_source():
+    content, starts = bytes(range(256)) * 40, []
+
+    def answer(path, start):
+        starts.append(start)
+        return (404, {}, b"", None) if "missing" in path else part_of(b"other" if "other" in path else content, start)
+
+    md5 = hashlib.md5(content).hexdigest()
+    with (serving(answer) as url, tempfile.TemporaryDirectory() as folder,
+          contextlib.redirect_stdout(io.StringIO()) as printed):
         path = Path(folder, "data", "archive.zip")
         path.parent.mkdir()
         Path(f"{path}.partial").write_bytes(content[:1000])
         assert data.download(path, [url + "missing", url + "right"], md5).read_bytes() == content
-        assert ranges == [1000, 1000]
+        assert starts == [1000, 1000]
         path.unlink()
         assert data.download(path, [url + "other", url + "right"], md5).read_bytes() == content
         path.write_bytes(b"a person's own copy")
@@ -1540,8 +1577,44 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
         path.unlink()
         raises(SystemExit, "fetch it by hand", data.download, path, [url + "missing"], md5)
         assert os.listdir(path.parent) == []
-    server.shutdown()
-    server.server_close()
+        with patched(data, "show_progress", lambda text: signal.raise_signal(signal.SIGINT)):  # Ctrl-C
+            raises(KeyboardInterrupt, "", data.download, path, [url + "right"], md5)
+        assert os.listdir(path.parent) == ["archive.zip.partial"] and data.download(path, [url + "right"], md5) == path
+
+
+def test_faulty_downloads_end_whole_or_without_the_name():
+    draw, whole = random.Random(0), 0
+    for i in range(50):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name in "abc":
+                archive.writestr(name, draw.randbytes(70_000))
+        content = packed.getvalue()
+        faults = draw.choices(["cut", "cut", "busy", "all again", "another part", "page", "none"], k=draw.randint(0, 6))
+        second_has_it = draw.random() < 0.9
+
+        def answer(path, start):
+            fault = faults.pop() if faults and path == "/first" else ""
+            status, headers, body, _ = part_of(content, start)
+            if fault == "page" or path == "/second" and not second_has_it:
+                return 200, {}, b"<html>log in, please</html>", None
+            return {"cut": (status, headers, body, draw.randrange(len(body) + 1)), "busy": (503, {}, b"", None),
+                    "all again": (200, {}, content, None), "none": (404, {}, b"", None),
+                    "another part": (206, {"Content-Range": f"bytes 7-{len(content) - 1}/{len(content)}"}, content[7:],
+                                     None)}.get(fault, (status, headers, body, None))
+
+        with (serving(answer) as url, tempfile.TemporaryDirectory() as folder, patched(time, "sleep", lambda _: None),
+              contextlib.redirect_stdout(io.StringIO())):
+            path, there = Path(folder, "a.zip"), draw.choice([b"", content[:9999], draw.randbytes(9999),
+                                                              content + b"more", draw.randbytes(len(content))])
+            Path(f"{path}.partial").write_bytes(there)
+            try:
+                assert data.download(path, [url + "first", url + "second"], check=data.zip_problem) == path
+                assert path.read_bytes() == content and os.listdir(folder) == ["a.zip"], i
+                whole += 1
+            except SystemExit as e:
+                assert "fetch it by hand" in str(e) and not path.exists() and not second_has_it, (i, e)
+    assert 40 <= whole < 50  # both ends are reached
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1565,13 +1638,16 @@ def test_bleu_by_hand():
     # counts are added over the corpus before they are divided; 2 words are as close to 1 as to 3, the shorter is taken
     assert abs(bleu(["a b", "c d"], [["a", "a x y"], ["c d"]])[0] - 3 / 4) < 1e-12
     assert bleu(["a b c d e"], [["x", "a b c d e"]]) == [1.0] * 4 and bleu([""], [["a"]]) == [0.0] * 4
+    assert bleu(["a"], [[""]]) == [0.0] * 4
+    raises(AssertionError, "at least one reference", bleu, ["a"], [[]])
 
 
 def test_cider_of_the_only_reference_is_ten():
     dog, men = "a dog runs on grass", "two men play football now"
     mean, each = cider([dog, men], [["A dog runs on grass."], [men]])
     assert abs(mean - 10) < 1e-9 and each.shape == (2,)
-    assert cider([men, dog], [[dog], [men]])[0] == 0
+    assert cider([men, dog], [[dog], [men]])[0] == 0 == cider(["", dog], [[dog], [""]])[0]
+    raises(AssertionError, "at least one reference", cider, [men, dog], [[men], []])
 
 
 def test_cider_by_hand():
@@ -1690,8 +1766,8 @@ def tiny_judges(folder, vocab_size=500):
     gpt_model.head.weight.data.zero_()
     clip = shake(CLIP(replace(tiny_clip().config, vocab_size=vocab_size)))
     for name, stage, judge in (("gpt.pt", "gpt", gpt_model), ("clip.pt", "vit", clip)):
-        config.save(Path(folder, name), {"stage": stage, "config": asdict(judge.config), "model": judge.state_dict(),
-                                         "tokenizer": tokenizer.state(), "dtype": "float32", "settings": {}})
+        config.save(Path(folder, name), BARE | {"stage": stage, "config": asdict(judge.config),
+                                                "model": judge.state_dict(), "tokenizer": tokenizer.state()})
     return judges.Judges(f"{folder}/gpt.pt", f"{folder}/clip.pt", photos(3), torch.device("cpu")), clip
 
 
@@ -1926,6 +2002,60 @@ def test_clips_and_several_images_are_opened_in_order():
         raises(SystemExit, "ffmpeg -i a.mp4", data.open_images, "a.mp4")
 
 
+def test_odd_images_are_seen_as_a_person_sees_them():
+    grey = lambda value: (value,) * 3
+    turned = Image.new("RGB", (4, 2), grey(0))
+    turned.putpixel((0, 0), grey(255))
+    way = Image.Exif()
+    way[0x0112] = 6  # held upright, the camera was turned to the left: top left is top right
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    pictures = {  # name: image, what save() takes, the pixel at the top left
+        "sixteen.png": (Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)), {}, grey(156)),
+        "large.png": (Image.fromarray(np.full((2, 2000), 65535, dtype=np.uint16)), {}, grey(255)),
+        "float.tiff": (Image.fromarray(np.float32([[3.0, 0.0], [math.nan, 1.0]])), {}, grey(255)),
+        "clear.png": (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), {}, grey(255)),
+        "half.webp": (Image.new("RGBA", (4, 4), (255, 0, 0, 51)), {"lossless": True}, (255, 204, 204)),
+        "grey.png": (Image.new("LA", (4, 4), (0, 51)), {}, grey(204)),
+        "palette.gif": (palette, {"transparency": 0}, grey(255)),
+        "palette.png": (palette, {}, (10, 20, 30)),
+        "bit.png": (Image.new("1", (4, 4), 1), {}, grey(255)),
+        "cmyk.jpg": (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), {"quality": 100}, (0, 255, 255)),
+        "turned.png": (turned, {"exif": way}, grey(0)),
+        "strip.png": (Image.new("RGB", (1, 6000), (9, 9, 9)), {}, grey(9)),
+        "dot.png": (Image.new("L", (1, 1), 7), {}, grey(7))}
+    with in_new_folder():
+        for name, (image, more, want) in pictures.items():
+            image.save(name, **more)
+            image, = data.open_file(name, 1)
+            got = image.getpixel((0, 0))
+            assert image.mode == "RGB" and all(abs(a - b) < 3 for a, b in zip(got, want)), (name, got)
+            assert data.to_images([image], 16)[0].shape == (1, 3, 16, 16)
+            assert data.to_images([image], 16, 4)[0].shape == (1, 4, 3, 16, 16)
+        assert data.open_file("turned.png", 1)[0].getpixel((1, 0)) == grey(255)
+
+
+def test_damaged_images_are_named_and_the_others_opened():
+    draw, noise, broken = random.Random(0), np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8), 0
+    with in_new_folder():
+        Path("photos").mkdir()
+        for ending in ("jpg", "png", "gif", "webp", "bmp"):
+            Image.fromarray(noise).save(f"whole.{ending}")
+            whole = Path(f"whole.{ending}").read_bytes()
+            for i in range(60):
+                content = bytearray(whole[:draw.randrange(len(whole))] if i % 2 else whole)
+                for _ in range(i % 2 * (i % 3) or 3):
+                    if content:
+                        content[draw.randrange(len(content))] = draw.randrange(256)
+                Path(f"photos/{i:02d}.{ending}").write_bytes(content)
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of metadata
+            opened, broken = data.open_images("photos")
+        assert len(opened) + len(broken) == 300 and len(opened) > 30 and len(broken) > 100, len(broken)
+        assert all(image.mode == "RGB" for _, images in opened for image in images)
+        Image.new("1", (20_000, 10_000)).save("bomb.png")
+        raises(SystemExit, "bomb.png: not an image that Pillow can read", data.open_images, "bomb.png")
+
+
 def words_model(block_size=24, **changes):
     """A tiny MLLM and the data of four black images, with a tokenizer of bytes."""
     tokenizer = BPETokenizer([])
@@ -2077,9 +2207,48 @@ def test_prepare_cifar_reads_the_binary_records():
     blob.seek(0)
     with tarfile.open(fileobj=blob) as tar:
         labels, images = prepare_cifar.read_batch(tar, "good.bin")
-        raises(SystemExit, "not a batch of CIFAR-10", prepare_cifar.read_batch, tar, "short.bin")
+        raises(ValueError, "no batch of CIFAR-10", prepare_cifar.read_batch, tar, "short.bin")
     assert np.array_equal(labels, records[:, 0]) and images.shape == (10_000, 3, 32, 32)
     assert images[7, 1, 2, 3] == records[7, 1 + 1024 + 2 * 32 + 3]  # red, then green, then blue; row by row
+
+
+def test_archives_with_missing_extra_and_huge_members_end_in_one_line():
+    half = zlib.compress(bytes(99))[:20]
+    record = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+    meta = tarfile.TarInfo("cifar-10-batches-bin/batches.meta.txt")
+    climbing, linked, folder, huge = map(copy.copy, [record] * 4)
+    climbing.name, linked.type, folder.type = "../../evil", tarfile.SYMTYPE, tarfile.DIRTYPE
+    linked.linkname, record.size, huge.size, climbing.size = "/etc/passwd", 5000, 10_000 * 3073 + 1, 4
+    with in_new_folder():
+        tar, zips = Path("data/cifar10/cifar-10-binary.tar.gz"), Path("data/flickr8k")
+        tar.parent.mkdir(parents=True)
+        zips.mkdir()
+        for members, said in (([record], "batches.meta.txt"), ([climbing, meta], "data_batch_1.bin"),
+                              ([meta, linked], "data_batch_1.bin is no file"),
+                              ([meta, folder], "is no file of at most"), ([meta, huge], "is no file of at most 30,730,000"),
+                              ([meta, record], "is broken")):
+            with tarfile.open(tar, "w:gz", compresslevel=1) as archive:
+                for member in members:
+                    archive.addfile(member, io.BytesIO(bytes(member.size if member.isreg() else 0)))
+            raises(SystemExit, said, run, prepare_cifar)
+            tar.write_bytes(tar.read_bytes()[:-30])
+            raises(SystemExit, "delete it and run this again", run, prepare_cifar)
+        texts = {"Flickr8k.token.txt": b"a.jpg#0\tA dog .\n", "Flickr_8k.trainImages.txt": b"a.jpg",
+                 "Flickr_8k.devImages.txt": b"", "Flickr_8k.testImages.txt": b""}
+        for more, members, said in (({}, {"../../evil.jpg": b""}, "are not Flickr8k"),
+                                    ({"Flickr8k.token.txt": b"a.jpg#0 A dog"}, {"a.jpg": b""}, "is broken"),
+                                    ({"Flickr8k.token.txt": b"\xff"}, {}, "not UTF-8"),
+                                    ({"more.txt": bytes(101 * 10 ** 6)}, {}, "more.txt in data/flickr8k would be"),
+                                    ({}, None, "is broken")):
+            for name, content in (("Flickr8k_text.zip", texts | more), ("Flickr8k_Dataset.zip", members)):
+                (zips / name).write_bytes(half)
+                if content is not None:
+                    with zipfile.ZipFile(zips / name, "w", zipfile.ZIP_DEFLATED) as archive:
+                        for member, text in content.items():
+                            archive.writestr(member, text)
+            raises(SystemExit, said, run, prepare_flickr8k)
+        assert sorted(os.listdir("data/flickr8k")) == ["Flickr8k_Dataset.zip", "Flickr8k_text.zip"]
+        assert os.listdir(".") == ["data"] and os.listdir("data/cifar10") == [tar.name]
 
 
 def test_prepare_shakespeare_cuts_the_last_tenth_off():
@@ -2115,8 +2284,18 @@ def test_prepare_flickr8k_packs_a_folder_of_ones_own_and_mllm_learns_from_it():
         assert "out/lm/best.pt" in said and "frozen: gpt\n" in said and "shuffled" in said
         raises(SystemExit, "holds a run on mine, this one is on shakespeare; give it --out_dir=out/lm_shakespeare",
                config.set_aside, Path("out/lm"), "shakespeare")
+        Path("mine/3.png").write_bytes(Path("mine/3.png").read_bytes()[:50])
+        raises(SystemExit, "3.png cannot be read as an", run, prepare_flickr8k, "--source=mine", "--out_dir=data/x")
+        assert not list(Path("data/x").iterdir())
         Path("mine/captions.txt").write_text("image,caption\nnone.png,hello\n")
         raises(SystemExit, "none.png, which is not in", run, prepare_flickr8k, "--source=mine", "--out_dir=data/mine")
+        Path("mine/captions.txt").write_text("image,caption\n0.png,hello\n,hello\n")
+        raises(SystemExit, "line 3 names no image", run, prepare_flickr8k, "--source=mine", "--out_dir=data/mine")
+        Path("mine/captions.txt").write_text("image;caption\n0.png;hello\n" + "x" * 10_001)
+        raises(SystemExit, "line 3: 10,001 characters", run, prepare_flickr8k, "--source=mine", "--out_dir=data/x")
+        Path("mine/captions.txt").write_text("image;caption\n0.png;hello\n")
+        raises(SystemExit, "has no line of the form", run, prepare_flickr8k, "--source=mine", "--out_dir=data/x")
+        raises(SystemExit, "--source=none is no folder", run, prepare_flickr8k, "--source=none", "--out_dir=data/x")
         make_captioned_folder("few", 19)
         raises(SystemExit, "19 images are too few", run, prepare_flickr8k, "--source=few", "--out_dir=data/few")
         raises(SystemExit, "captions.txt is missing", run, prepare_flickr8k, "--source=.", "--out_dir=data/mine")
@@ -2312,17 +2491,23 @@ def log_rows(folder):
 
 
 def check_stage(stage, best, args=None):
-    """A run; the same killed before its last checkpoint and resumed; the same with fewer evaluations: bit for bit."""
+    """A run; the same interrupted in a step, interrupted in an evaluation, killed before its last checkpoint, and
+    resumed after each; the same with fewer evaluations: bit for bit."""
     args = args or TOY[stage]
     folder = args[-1].removeprefix("--out_dir=")
     printed = run(stage, *args)
     assert "step 6/6" in printed and Path(folder, best).exists() and list(Path(folder).glob("*.png"))
     rows, weights = log_rows(folder), load(f"{folder}/last.pt")["model"]
-    elsewhere = args + (f"--out_dir={folder}_killed",)
-    with patched(config, "save", crash_at(6, config.save)):
-        raises(Killed, "", run, stage, *elsewhere)
-    assert load(f"{folder}_killed/last.pt")["step"] == 4
-    run(stage, *elsewhere, "--init_from=resume")
+    elsewhere, resume = args + (f"--out_dir={folder}_killed",), ()
+    for module, name, fault, said, step in (
+            (config.Run, "advance", interrupt_at(2, config.Run.advance), "stopped by hand at step 3", 3),
+            (config.Run, "log", interrupt_at(4, config.Run.log), "stopped by hand at step 4", 4),
+            (config, "save", crash_at(6, config.save), "killed", 4)):
+        with patched(module, name, fault):
+            raises((SystemExit, Killed), said, run, stage, *elsewhere, *resume)
+        resume = ("--init_from=resume",)
+        assert load(f"{folder}_killed/last.pt")["step"] == step
+    run(stage, *elsewhere, *resume)
     assert log_rows(f"{folder}_killed") == rows
     resumed = load(f"{folder}_killed/last.pt")["model"]
     assert all(torch.equal(w, resumed[name]) for name, w in weights.items())
@@ -2345,10 +2530,21 @@ def crash_at(step, save):
 
     def crashing(path, checkpoint):
         if checkpoint["step"] == step:
-            raise Killed
+            raise Killed("killed")
         save(path, checkpoint)
 
     return crashing
+
+
+def interrupt_at(step, method):
+    """A method of config.Run, with Ctrl-C at that step before it."""
+
+    def interrupted(self, *args, **more):
+        if self.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return method(self, *args, **more)
+
+    return interrupted
 
 
 @contextlib.contextmanager
@@ -2561,7 +2757,7 @@ def test_questions_about_drawn_images_are_learnt_and_asked():
             raises(SystemExit, "has learnt captions and no questions", run, mllm, *TOY[mllm], "--image=clip.gif", asks)
 
 
-def test_two_processes_and_accumulation_train_as_one_process_does():
+def long_test_two_processes_and_accumulation_train_as_one_process_does():
     long = ("--max_steps=20", "--eval_interval=1")
     runs = [(stage, "train", (*args, *fixed, *long, *more), limit)
             for stage, args, fixed in (*((stage, TOY[stage], FIXED[stage]) for stage in (gpt, vit, mllm)),
@@ -2661,10 +2857,80 @@ def test_what_goes_wrong_ends_in_one_line():
         raises(SystemExit, "train one first", run, gpt, *TOY[gpt], "--init_from=resume")
 
 
+def test_two_runs_in_one_folder_are_one_too_many():
+    import fcntl  # not on Windows
+    with in_new_folder():
+        make_toy_data()
+        Path("out/gpt").mkdir(parents=True)
+        with open("out/gpt/lock", "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            raises(SystemExit, "another run is writing to", run, gpt, *TOY[gpt])
+        run(gpt, *TOY[gpt])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_log():
+    import resource  # not on Windows
+    with in_new_folder():
+        make_toy_data()
+        run(gpt, *TOY[gpt], "--max_steps=2")
+        before = {path: path.read_bytes() for path in Path("out/gpt").iterdir()}
+        for most in (10_000, 10):  # bytes of a file: too few for a checkpoint; for log.csv too
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+            try:
+                raises(SystemExit, "(is the disk full?)", run, gpt, *TOY[gpt], "--init_from=resume")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            after = {path: path.read_bytes() for path in Path("out/gpt").iterdir()}
+            assert {p for p in before | after if before.get(p) != after.get(p)} <= {Path("out/gpt/log.csv")}
+            assert len(log_rows("out/gpt")) >= 2
+        run(gpt, *TOY[gpt], "--init_from=resume")
+
+
+def test_damaged_checkpoints_end_in_one_line_and_run_nothing():
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (Path("evil"),)
+
+    with in_new_folder():
+        make_toy_data()
+        run(gpt, *TOY[gpt], "--max_steps=2")
+        path, draw, noticed = Path("out/gpt/best.pt"), random.Random(0), 0
+        whole, weights, checkpoint = path.read_bytes(), load("out/gpt/best.pt")["model"], load("out/gpt/best.pt")
+        ask = lambda: run(gpt, *TOY[gpt], "--prompt=to be")
+        for _ in range(50):
+            path.write_bytes(whole[:draw.randrange(len(whole))])
+            raises(SystemExit, "out/gpt/best.pt is no checkpoint that can be read", ask)
+        for _ in range(50):
+            where, flipped = draw.randrange(len(whole)), bytearray(whole)
+            flipped[where] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            try:
+                assert all(torch.equal(w, weights[name]) for name, w in load(path)["model"].items())  # padding, a date
+            except SystemExit as e:
+                noticed += "out/gpt/best.pt is" in str(e)
+        assert noticed > 40, noticed
+        for evil in (Evil(), {**checkpoint, "step": Evil()}):
+            torch.save(evil, path)
+            raises(SystemExit, "no checkpoint that can be read", ask)
+            path.write_bytes(pickle.dumps(evil))
+            raises(SystemExit, "no checkpoint that can be read", ask)
+        assert not Path("evil").exists()
+        for change, said in (({"stage": "vit"}, "no checkpoint of gpt, but of vit"),
+                             ({"config": checkpoint["config"] | {"n_embd": 32}}, "do not fit its config: "),
+                             ({"config": checkpoint["config"] | {"new": 1}}, "another version")):
+            torch.save(checkpoint | change, path)
+            raises(SystemExit, said, ask)
+        del checkpoint["dtype"]
+        torch.save(checkpoint, path)
+        raises(SystemExit, "written by another version of gpt.py: it lacks dtype", ask)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
     with in_new_folder():
         make_toy_data()
-        bad = (*TOY[gpt], "--adam_lr=1e30", "--grad_clip=0.0", "--warmup_steps=0", "--eval_interval=1")
+        bad = (*TOY[gpt], "--adam_lr=1.0", "--weight_decay=1e9", "--grad_clip=0.0", "--warmup_steps=0",
+               "--eval_interval=1", "--max_steps=20")
         raises(SystemExit, "at step", run, gpt, *bad)
         assert all(w.isfinite().all() for w in load("out/gpt/last.pt")["model"].values())
 
@@ -2686,12 +2952,97 @@ def test_only_the_five_packages_are_imported():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# hard use: python test_model.py --all
+
+
+def run_in_child(stage, argv):
+    with open("said.txt", "a") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        torch.set_num_threads(1)
+        importlib.import_module(stage).main(argv)
+
+
+def long_test_kills_at_random_moments_lose_nothing():
+    processes, draw, kills, in_a_write = multiprocessing.get_context("forkserver"), random.Random(0), 0, 0
+    processes.set_forkserver_preload(["gpt", "vit", "mllm", "scst"])
+    with in_new_folder():
+        make_toy_data()
+        for stage, args in ((gpt, TOY[gpt]), (vit, TOY[vit]), (vit, TOY_CLIP), (mllm, TOY[mllm]), (scst, TOY[scst])):
+            folder, args = Path(args[-1].removeprefix("--out_dir=")), (*args, "--max_steps=12", "--eval_interval=1")
+            other, end, ended = Path(f"{folder}_killed"), kills + 24, False
+            run(stage, *args)
+            while kills < end or not ended:
+                resume = ["--init_from=resume"] * (other / "last.pt").exists()
+                argv = [*args, f"--out_dir={other}", *resume]
+                child = processes.Process(target=run_in_child, args=(stage.__name__, argv))
+                child.start()
+                child.join(draw.uniform(0.5, 2.5) if kills < end else None)
+                while kills % 2 and child.exitcode is None and not list(other.glob("*.partial")):
+                    pass  # every second one is killed while it writes
+                ended = child.exitcode is not None
+                if not ended:
+                    child.kill()
+                    child.join()
+                    kills, in_a_write = kills + 1, in_a_write + bool(list(other.glob("*.partial")))
+                    continue
+                assert child.exitcode == 0, Path("said.txt").read_text()[-2000:]
+                assert log_rows(other) == log_rows(folder)
+                resumed, whole = load(other / "last.pt")["model"], load(folder / "last.pt")["model"]
+                assert all(torch.equal(w, resumed[name]) for name, w in whole.items())
+                shutil.rmtree(other)
+    print(f"{kills} kills, {in_a_write} of them while a file was written")
+
+
+def long_test_wrong_settings_end_in_one_line():
+    wrong = ["", "abc", "None", "[1]", "(1,)", "-1", "-0.5", "1e999", "nan", "9" * 11, "-" + "9" * 30, "0", "3.7"]
+    odd = ["1", "2", "7", "33", "0.1", "True"]
+    draw, tries, failed = random.Random(0), Counter(), []
+    with in_new_folder():
+        make_toy_data()
+        run(mllm, *TOY[mllm], "--max_steps=2", "--eval_interval=1")
+        for stage in (gpt, vit, mllm, scst):
+            for name in config.read_settings(stage.__file__):
+                for value in (*draw.sample(wrong, 3), *draw.sample(odd, 2)):
+                    try:
+                        run(stage, *TOY[stage], "--max_steps=1", f"--out_dir=out/tried_{stage.__name__}",
+                            f"--{name}={value}")
+                        tries["ran"] += 1
+                    except SystemExit as e:
+                        assert len(str(e).strip().splitlines()) == 1, e
+                        tries["one line"] += 1
+                    except Exception as e:
+                        failed.append(f"{stage.__name__} --{name}={value}: {e!r}")
+    print(dict(tries))
+    assert not failed and sum(tries.values()) >= 500, "\n".join(failed)
+
+
+def long_test_ten_thousand_generations_and_scst_steps_take_no_more_memory():
+    used = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6  # MB
+    with in_new_folder():
+        run(mllm, *TOY[mllm], "--max_steps=2")
+        model, checkpoint = mllm.load_captioner("out/mllm/sft.pt", "mllm", "cpu", "float32")
+        tokens = model.encode(torch.zeros(1, 3, 24, 24, dtype=torch.uint8))
+        for i in range(10_000):
+            model.generate(tokens, max_new_tokens=1 + i % 5)
+            first = used() if i == 999 else i and first
+        assert used() < first + 10, (first, used())
+        args = (*TOY[scst], "--batch_size=2", "--max_sample_tokens=4", "--eval_interval=1000")
+        run(scst, *args, "--max_steps=1000")
+        first = used()
+        run(scst, *args, "--max_steps=10000", "--out_dir=out/more")
+        print(f"{first:.0f} MB after 1,000 steps of SCST, {used():.0f} after 10,000 more")
+        assert used() < first + 30, (first, used())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the runner
 
 
 def main(pattern=""):
-    """Run the tests whose name contains pattern, in order. Returns the exit status, 1 if any failed."""
-    failed, tests = [], [(name, f) for name, f in globals().items() if name.startswith("test_") and pattern in name]
+    """Run the tests whose name contains pattern, in order; --all: the long ones too. Returns the exit status, 1 if any
+    failed."""
+    kinds = ("test_", "long_test_") if pattern else "test_"
+    pattern = pattern.removeprefix("--all")
+    failed, tests = [], [(name, f) for name, f in globals().items() if name.startswith(kinds) and pattern in name]
     for name, test in tests:
         setup_function()
         start = time.time()

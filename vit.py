@@ -378,7 +378,7 @@ def main(argv=None):
     if not clip:  # all of CIFAR-10 on the device
         data |= {"images": data["images"].to(dev), "labels": data["labels"].to(dev)}
     score = "val_recall" if clip else "val_accuracy"
-    run = config.Run("vit", settings, dataset, model, optimizers, resumed)
+    run = config.Run("vit", settings, dataset, model, optimizers, resumed, **about)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
     run_model, learn = config.maybe_compile(model, compile), learn_matching if clip else learn_classes
 
@@ -390,7 +390,7 @@ def main(argv=None):
                 scores = {f"val{name}": value for name, value in evaluate(model, data, "val").items()}
                 run.log({name: scores[name] for name in ("val", score)}, factor * adam_lr, batch_size, "img",
                         file_only=scores)
-                run.save(scores[score], **about)
+                run.save(scores[score])
         if progress == 1:
             break
         rows = config.epoch_rows(n_train, batch_size, run.step, seed)

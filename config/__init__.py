@@ -19,8 +19,10 @@ import functools
 import itertools
 import math
 import os
+import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -30,16 +32,18 @@ from model import SettingError
 
 # settings ------------------------------------------------------------------------------------------------------------
 
+MOST = 10 ** 9  # of any number
 LIMITS = {  # setting: its least and largest value, or the values it may have; a name means the same in every stage
-    **dict.fromkeys("""batch_size accumulation eval_interval beams num_captions num_samples samples max_new_tokens
+    **dict.fromkeys("""batch_size accumulation eval_interval samples max_new_tokens
         captions_per_photo block_size patch_size image_size size n_val n_layer n_head n_embd vit_layer vit_head vit_embd
-        gpt_layer gpt_head gpt_embd text_layer text_embd cross_every experts_per_token""".split(), (1, math.inf)),
+        gpt_layer gpt_head gpt_embd text_layer text_embd cross_every experts_per_token""".split(), (1, MOST)),
     **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
-        first_size frames across_layer n_experts balance_weight context consensus train_size max_sample_tokens
-        kl_weight""".split(), (0, math.inf)),
+        first_size frames across_layer n_experts balance_weight context train_size max_sample_tokens
+        kl_weight""".split(), (0, MOST)),
+    **dict.fromkeys("beams num_captions num_samples".split(), (1, 1000)), "consensus": (0, 1000),
     **dict.fromkeys("crop jitter word_dropout cooldown growth top_p".split(), (0, 1)),
     **dict.fromkeys("dropout label_smoothing align_share patch_dropout".split(), (0, 0.99)),
-    "max_tokens": (3, math.inf), "n_drawn": (40, math.inf), "max_tiles": (1, 4), "yarn": (1, math.inf),
+    "max_tokens": (3, MOST), "n_drawn": (40, MOST), "max_tiles": (1, 4), "yarn": (1, MOST),
     "dtype": {"auto", "float32", "bfloat16"},
     "eval_split": {"train", "val", "test"}, "fusion": {"prefix", "cross"}, "task": {"classify", "clip"},
     "baseline": {"greedy", "leave_one_out"},
@@ -51,26 +55,51 @@ FREE = set("""init_from out_dir max_steps max_minutes eval_interval device compi
 
 
 def fail(message):
-    """End the run with one line that says what to do, and exit status 1."""
-    raise SystemExit(f"error: {message}")
+    """End the run with one line that says what to do, and exit status 1; of several processes, the first says it."""
+    raise SystemExit(f"error: {message}" if is_main() else 1)
 
 
 def one_line_errors(main):
-    """Decorator of a script's main(): Ctrl-C and errors of the file system end in one line; of several processes, only
-    the first prints."""
+    """Decorator of a script's main(): Ctrl-C and what goes wrong for a person's reason end in one line; of several
+    processes, only the first prints."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
         if not is_main():
             sys.stdout = open(os.devnull, "w")
+        for stream in (sys.stdin, sys.stdout):  # a terminal may lack a character, a person's input be no UTF-8
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         try:
-            return main(argv)
-        except KeyboardInterrupt:
-            raise SystemExit("\nstopped by hand; saved files are kept (--init_from=resume continues a training run)")
+            try:
+                return main(argv)
+            finally:
+                on_interrupt(signal.default_int_handler)
+                sys.stdout.flush()
+        except KeyboardInterrupt as e:  # a run says at which step
+            goes_on = "; the same command with --init_from=resume goes on" if e.args else "; saved files are kept"
+            raise SystemExit(f"\nstopped by hand{''.join(e.args)}{goes_on}" if is_main() else 1)
+        except BrokenPipeError:  # such as of --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1)
         except (SettingError, OSError) as e:  # OSError: no such folder, no permission, no space left on the disk
             fail(str(e))
+        except (MemoryError, RuntimeError, TypeError) as e:
+            if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
+                fail("not enough memory; --accumulation=2 takes half of the batch at once, and smaller models less")
+            if "loading state_dict" in str(e):
+                fail("the checkpoint's weights do not fit its config: " + str(e).splitlines()[1].strip())
+            if "Config.__init__()" in str(e):
+                fail(f"the checkpoint was written by another version: {e}")
+            raise
 
     return wrapped
+
+
+def on_interrupt(handler):
+    """Call handler(number, frame) at Ctrl-C, and where the system asks the process to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def read_settings(path, is_recipe=False):
@@ -98,7 +127,7 @@ def read_settings(path, is_recipe=False):
 
 def _cast(key, value, default, where):
     """value as default's type, within LIMITS; a string is read as a literal unless a string is expected."""
-    kind, limits = type(default), LIMITS.get(key, (-math.inf, math.inf))
+    kind, limits = type(default), LIMITS.get(key, (-MOST, MOST))
     if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
@@ -109,11 +138,11 @@ def _cast(key, value, default, where):
     if isinstance(limits, set) and value not in limits:
         fail(f"{key}={value}: {' or '.join(sorted(limits))}  ({where})")
     if isinstance(limits, tuple) and kind in (int, float) and not limits[0] <= value <= limits[1]:
-        most = f" and at most {limits[1]}" if limits[1] < math.inf else ""
+        most = f" and at most {limits[1]}" if limits[1] < MOST or value > MOST else ""
         fail(f"{key}={value}: at least {limits[0]}{most}  ({where})")
-    if value == "" and key in ("image", "prompt"):  # such as of a shell's empty variable
-        fail(f"{key} is empty; without --{key} a run trains")
-    return value
+    if value == "" and key in ("image", "prompt", "out_dir"):  # such as of a shell's empty variable
+        fail(f"{key} is empty; leave --{key} out for the default")
+    return os.path.expanduser(value) if kind is str and value.startswith("~/") else value
 
 
 def override(stage, argv=None):
@@ -339,30 +368,48 @@ def update(model, optimizers, loss, factor, grad_clip):
 
 # keeping -------------------------------------------------------------------------------------------------------------
 
-def save(path, checkpoint):
-    """Write a checkpoint, of tensors and plain values, to a temporary name and move it into place."""
+@contextlib.contextmanager
+def new_file(path):
+    """A temporary path, whose file is moved to path when the block has ended well and removed when not: a run that is
+    killed, and a full disk, leave the file that was there."""
     partial = Path(f"{path}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, partial)
+        yield partial
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as e:  # RuntimeError: torch's own writer
         fail(f"could not write {path} (is the disk full?): {str(e).splitlines()[0]}")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(path, checkpoint):
+    """Write a checkpoint, of tensors and plain values."""
+    with new_file(path) as partial:
+        torch.save(checkpoint, partial)
 
 
 def load(path, *stages):
     """The checkpoint at path, on the CPU, saved by one of the stages ("vit", "gpt", ...). Without the file, the message
     names the command that makes it."""
     if not Path(path).is_file():
-        fail(f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(Path(path).parent)}")
+        old = sorted(Path(path).parent.glob(f"{Path(path).stem}.old*.pt"), key=lambda p: p.stat().st_mtime)
+        earlier = f"; {old[-1]} is of the run before" if old else ""
+        fail(f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(Path(path).parent)}{earlier}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()  # torch does not look at the CRCs
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a dozen types on a file that is no checkpoint
-        fail(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}")
+        fail(f"{path} is no checkpoint that can be read: {(str(e) or type(e).__name__).splitlines()[0]}")
+    if broken:
+        fail(f"{path} is damaged: {broken} in it has changed since it was written")
     stage = checkpoint.get("stage") if isinstance(checkpoint, dict) else None
     if stage not in stages:
         fail(f"{path} is no checkpoint of {' or '.join(stages)}, but of {stage or 'an older version'}")
+    missing = {"settings", "config", "model", "step", "dtype"} - checkpoint.keys()
+    if missing:
+        fail(f"{path} was written by another version of {stage}.py: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
 
@@ -391,7 +438,9 @@ def set_aside(out_dir, dataset):
     """Rename the checkpoints that a new run finds in its folder to *.old.pt, *.old1.pt, ...; an error if they are of
     another dataset."""
     if (out_dir / "last.pt").is_file():
-        other = load(out_dir / "last.pt", "vit", "gpt", "mllm", "scst").get("dataset")
+        other = dataset
+        with contextlib.suppress(SystemExit):  # one that cannot be read is set aside as well
+            other = load(out_dir / "last.pt", "vit", "gpt", "mllm", "scst").get("dataset")
         if other != dataset:
             fail(f"{out_dir} holds a run on {other}, this one is on {dataset}; give it --out_dir={out_dir}_{dataset}")
     for old in [p for p in sorted(out_dir.glob("*.pt")) if ".old" not in p.name]:
@@ -399,12 +448,33 @@ def set_aside(out_dir, dataset):
         print(f"renamed {old} to {old.replace(next(name for name in names if not name.exists())).name}")
 
 
+@functools.cache
+def lock(folder):
+    """Keep other processes from training in the folder until this one ends, however it ends; returns the open file that
+    holds the lock."""
+    file = open(folder / "lock", "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another run is writing to {folder}; wait for it, or choose another --out_dir")
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 class Run:
     """A training run, or a phase of it: how far it is, its log and its checkpoints."""
 
-    def __init__(self, stage, settings, dataset, model, optimizers, resumed, best="best.pt", end=1.0, before=None):
+    def __init__(self, stage, settings, dataset, model, optimizers, resumed, best="best.pt", end=1.0, before=None,
+                 **more):
         """resumed: the checkpoint that the run continues from. best: file name of the best checkpoint. end: the
-        share of max_steps and max_minutes at which this phase ends. before: the Run of the phase before it."""
+        share of max_steps and max_minutes at which this phase ends. before: the Run of the phase before it. more: what
+        else the checkpoints are to hold."""
         if settings["max_steps"] <= 0 and settings["max_minutes"] <= 0:
             fail("a run needs an end: max_steps or max_minutes above 0")
         self.stage, self.dataset, self.settings, self.out = stage, dataset, settings, Path(settings["out_dir"])
@@ -412,29 +482,62 @@ class Run:
         self.max_steps, self.max_seconds = math.ceil(end * settings["max_steps"]), 60 * end * settings["max_minutes"]
         self.first = (before.step, before.seconds()) if before else resumed["first"] if resumed else (0, 0.0)
         (self.step, seconds), self.rows = self.first, before.rows if before else []  # of the log
+        self.evaluated = self.step if before else -1  # the step of the last evaluation
+        self.history, self.more = [], more  # (loss, numbers) of each step since then
+        if is_main():
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock(self.out.resolve())
         if resumed:
             self.step, seconds, self.best, self.rows = (resumed[key] for key in ("step", "seconds", "best", "rows"))
+            self.evaluated, self.history = resumed.get("evaluated", self.step), resumed.get("history", [])
             model.load_state_dict(resumed["model"])
             for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         elif is_main() and not before:
-            self.out.mkdir(parents=True, exist_ok=True)
             set_aside(self.out, dataset)
-        self.evaluated = self.step if resumed or before else -1  # the step of the last evaluation
-        self.losses, self.recent = [], []  # since the last evaluation; before it
         self.began, self.stopped, self.paced = time.monotonic() - seconds, None, (self.step, seconds)
+        self.interrupted = self.in_evaluation = False
+        on_interrupt(self.interrupt)
+
+    def interrupt(self, number, frame):
+        """Ctrl-C: a step is finished first, an evaluation is not; a second Ctrl-C ends the run at once."""
+        on_interrupt(signal.default_int_handler)
+        self.interrupted = True
+        if self.in_evaluation and not dist.is_initialized():
+            raise KeyboardInterrupt
+
+    def keep(self):
+        """Save where the run stands, and end it."""
+        self.in_evaluation = False
+        if is_main():
+            show_progress("")
+            if self.history:
+                self._finite(float(self.history[-1][0]), self.step - 1)
+            save(self.out / "last.pt", self.state())
+        raise KeyboardInterrupt(f" at step {self.step}")
 
     def seconds(self):
         """Of training so far, evaluations not counted."""
         return (time.monotonic() if self.stopped is None else self.stopped) - self.began
 
     def stop(self):
+        """Training is over."""
         self.stopped = time.monotonic()
+        on_interrupt(signal.default_int_handler)
 
     @contextlib.contextmanager
     def paused(self):
-        self.stop()
-        yield
+        """An evaluation: not counted as training; where it is interrupted, a resumed run does it again."""
+        self.stopped, before = time.monotonic(), (self.best, self.rows, self.evaluated, self.history)
+        self.in_evaluation = True
+        try:
+            if self.interrupted and not dist.is_initialized():
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            self.best, self.rows, self.evaluated, self.history = before
+            self.keep()
+        self.in_evaluation = False
         self.began, self.stopped = self.began + time.monotonic() - self.stopped, None
 
     def progress(self):
@@ -443,25 +546,29 @@ class Run:
         share = lambda now, first, last: (now - first) / max(last - first, 1e-9) if last > 0 else 0.0
         self.done = min(1.0, max(share(self.step, self.first[0], self.max_steps),
                                  share(self.seconds(), self.first[1], self.max_seconds)))
-        if dist.is_initialized() and self.max_seconds > 0:
-            done = torch.tensor([self.done], device=device_of(self.model))
-            dist.broadcast(done, 0)
-            self.done = done.item()
+        if dist.is_initialized():
+            first = torch.tensor([self.done, self.interrupted], dtype=torch.float64, device=device_of(self.model))
+            dist.broadcast(first, 0)
+            self.done, self.interrupted = first.tolist()
+        if self.interrupted:
+            self.keep()
         return self.done
 
     def due(self):
         """Whether this process is to evaluate, log and save now."""
         if self.step % self.settings["eval_interval"] and self.done < 1 or self.evaluated == self.step:
             return False
-        self.evaluated, self.recent, self.losses = self.step, self.losses, []
+        if not is_main():
+            self.history = []
         return is_main()
 
-    def advance(self, loss):
-        """A step is done; its loss is read one step late, so that a GPU continues to work meanwhile."""
-        self.losses.append(loss)
+    def advance(self, loss, numbers=None):
+        """A step is done, with this loss, and numbers whose means are to stand in the log. The loss is read one step
+        late, so that a GPU continues to work meanwhile."""
+        self.history.append((loss, numbers or {}))
         self.step += 1
-        if len(self.losses) > 1:
-            previous = self._finite(self.losses[-2].item(), self.step - 2)
+        if len(self.history) > 1:
+            previous = self._finite(float(self.history[-2][0]), self.step - 2)
             show_progress(f"step {self.step} | loss {previous:.3f}")
 
     def _finite(self, loss, step):
@@ -471,10 +578,13 @@ class Run:
 
     def log(self, numbers, lr=None, items=None, unit="", file_only=None):
         """Print one line, and add it as a row to out_dir/log.csv. numbers: {column: number or str}; file_only: more of
-        them, not printed. items: how many units (tokens, images) one step takes. With lr the mean loss since the last
-        evaluation is added as the column train."""
-        if lr is not None and self.recent:
-            numbers = {"train": self._finite(torch.stack(self.recent).mean().item(), self.step)} | numbers
+        them, not printed. items: how many units (tokens, images) one step takes. With lr the means since the last
+        evaluation are added, of the loss as the column train."""
+        if lr is not None and self.history:
+            losses, more = zip(*self.history)
+            train = self._finite(torch.tensor([*map(float, losses)]).mean().item(), self.step)
+            means = {name: sum(row[name] for row in more) / len(more) for name in more[0]}
+            numbers = {"train": train} | means | numbers
         self._finite(numbers.get("val", 0.0), self.step)
         last = f"/{self.settings['max_steps']}" if self.settings["max_steps"] > 0 else ""
         written = lambda value, form: value if isinstance(value, str) else format(value, form)
@@ -494,19 +604,23 @@ class Run:
         show_progress("")
         if len(text) > 1:
             print(" | ".join(text), flush=True)
-        self.rows.append(row | {"minutes": f"{seconds / 60:.3f}"})
-        with open(self.out / "log.csv", "w", newline="") as f:
+        self.rows = [*self.rows, row | {"minutes": f"{seconds / 60:.3f}"}]
+        with new_file(self.out / "log.csv") as partial, open(partial, "w", newline="") as f:
             writer = csv.DictWriter(f, dict.fromkeys(name for row in self.rows for name in row), restval="")
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def save(self, score, **more):
-        """Write last.pt, and the best checkpoint where score is higher than ever. more: what else it is to hold."""
-        is_best, self.best = score > self.best, max(score, self.best)
-        checkpoint = {"stage": self.stage, "dataset": self.dataset, "settings": self.settings, "step": self.step,
-                      "first": self.first, "seconds": self.seconds(), "best": self.best, "rows": self.rows,
-                      "dtype": self.model.compute_dtype, "config": dataclasses.asdict(self.model.config),
-                      "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], **more}
+    def state(self):
+        """What a checkpoint holds."""
+        return {"stage": self.stage, "dataset": self.dataset, "settings": self.settings, "step": self.step,
+                "first": self.first, "seconds": self.seconds(), "best": self.best, "rows": self.rows,
+                "evaluated": self.evaluated, "history": [(float(loss), numbers) for loss, numbers in self.history],
+                "dtype": self.model.compute_dtype, "config": dataclasses.asdict(self.model.config),
+                "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers], **self.more}
+
+    def save(self, score):
+        """Write last.pt, and the best checkpoint where score is higher than ever."""
+        is_best, self.best, self.evaluated, self.history = score > self.best, max(score, self.best), self.step, []
         if is_best:
-            save(self.best_path, checkpoint)
-        save(self.out / "last.pt", checkpoint)  # last: a run killed in between does this evaluation again
+            save(self.best_path, self.state())
+        save(self.out / "last.pt", self.state())  # last: a run killed in between does this evaluation again

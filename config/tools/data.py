@@ -5,6 +5,9 @@ import io
 import json
 import os
 import re
+import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +15,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from config import fail, show_progress
+from config import fail, new_file, show_progress
 from model import LAYOUTS, best_layout, tokenizer_from_state
 
 
+def to_rgb(image):
+    """A PIL image turned upright, as RGB, as a person sees it: 16 bits scaled to 8, what is transparent on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, integers or floats
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        most = 65535 if image.mode[0] == "I" else max(values.max(initial=0), 1e-8)
+        image = Image.fromarray((255 * (values / most).clip(0, 1)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def to_pixels(image, size):
-    """A PIL image as a (3, size, size) uint8 tensor: turned upright, to RGB, resized without keeping the proportions
-    (the whole photo is seen, and training and inference see it alike)."""
-    image = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
+    """A PIL image as a (3, size, size) uint8 tensor, resized without keeping the proportions (the whole photo is seen,
+    and training and inference see it alike)."""
+    image = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
 def to_tiles(image, size, max_tiles):
     """A PIL image as (max_tiles, 3, size, size) uint8 and the index of its layout (see model.best_layout()): it keeps
     its proportions, is resized to fit the grid of tiles, and padded with black on the right or below."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
+    image = to_rgb(image)
     layout = best_layout(image.width / size, image.height / size, max_tiles)
     rows, columns = LAYOUTS[layout]
     scale = min(columns * size / image.width, rows * size / image.height)
@@ -74,8 +90,7 @@ def open_file(source, n_frames):
         file.seek(i)
         image = file.copy() if i else file
         image.thumbnail((1024, 1024))
-        image.load()
-        images.append(ImageOps.exif_transpose(image))
+        images.append(to_rgb(image))
     return images
 
 
@@ -83,19 +98,18 @@ def open_images(where, n_frames=1, clip=False):
     """What a user shows: a list of (name, [PIL image, ...]); and the names of the files that Pillow cannot read. where:
     a file or a URL; several files, with commas between them, which are seen together; or a folder, of images to be seen
     one by one, or, with clip, of the frames of a clip. Of a clip, n_frames frames are seen."""
-    where = os.path.expanduser(where)
-    if "," in where and not Path(where).exists() and not where.startswith("http"):  # a URL may hold commas
-        parts = [open_images(part.strip(), n_frames) for part in where.split(",")]
+    if "," in where and not Path(where).exists() and not where.lower().startswith("http"):  # a URL may hold commas
+        parts = [open_images(part.strip(), n_frames) for part in where.split(",") if part.strip()]
         files = [file for opened, _ in parts for file in opened]
         return [(", ".join(name for name, _ in files), [image for _, images in files for image in images])], []
-    if where.startswith(("http://", "https://")):
+    if where.lower().startswith(("http://", "https://")):
         import requests
         try:
             reply = requests.get(where, timeout=30)
             reply.raise_for_status()
         except requests.RequestException as e:
             fail(f"could not fetch {where} (no network?): {type(e).__name__}")
-        sources = [(where.rsplit("/", 1)[-1], io.BytesIO(reply.content))]
+        sources = [(where.rsplit("/", 1)[-1] or where, io.BytesIO(reply.content))]
     elif Path(where).is_dir():
         endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
         sources = [(p.name, p) for p in sorted(Path(where).iterdir()) if p.suffix.lower() in endings]
@@ -171,10 +185,11 @@ def pad_texts(texts, tokenizer, max_tokens):
     return ids
 
 
-def download(path, urls, md5=None):
-    """Fetch path from the first of urls that answers, resuming a partial file; a file already there is used as it is.
-    md5: the official checksum, if one is known. A download that differs is an error; a file that was there already and
-    differs is used, with one printed line."""
+def download(path, urls, md5=None, check=lambda path: ""):
+    """Fetch path from the first of urls that has it whole, and go on where a connection broke off. A file that is there
+    already is used as it is. md5: the official checksum, if one is known; check: a function of the path, which says
+    what is wrong with the file, "" for nothing. A download gets its name after both; a file that was there already and
+    has another md5 is used, with one printed line."""
     path = Path(path)
     if path.is_file():
         if md5 and md5_of(path) != md5:
@@ -183,51 +198,89 @@ def download(path, urls, md5=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, problems = Path(f"{path}.partial"), []
     for url in urls:
-        try:
-            _fetch(url, partial)
-        except OSError as e:  # requests' exceptions are OSErrors too
-            problems.append(f"{url} ({type(e).__name__})")
-            continue
-        if md5 and md5_of(partial) != md5:
-            partial.unlink()
-            problems.append(f"{url} (its md5 differs)")
-            continue
-        os.replace(partial, path)
-        return path
+        problem = _fetch_whole(url, partial, lambda: "its md5 differs" if md5 and md5_of(partial) != md5
+                               else check(partial))
+        if not problem:
+            os.replace(partial, path)
+            return path
+        problems.append(f"{url} ({problem})")
     fail(f"could not download {path.name}; fetch it by hand and put it at {path}. Tried " + ", ".join(problems))
 
 
-def _fetch(url, partial):
-    """Append what is missing of url to the file partial."""
+def _fetch_whole(url, partial, problem_of):
+    """Fetch what is missing of url into the file partial until problem_of() finds nothing wrong with it; returns what
+    is wrong after three attempts in a row that brought no bytes, a hundred in all, or with a file that came whole."""
     import requests
-    have = partial.stat().st_size if partial.is_file() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, stream=True, timeout=30, headers=headers) as reply:
-        if reply.status_code == 416:  # nothing is missing
+    idle, size = 0, lambda: partial.stat().st_size if partial.is_file() else 0
+    for _ in range(100):
+        had = size()
+        try:
+            _fetch(url, partial, had)
+            problem = problem_of()
+            if not problem:
+                return ""
+            partial.unlink()
+            if not had:
+                return problem
+            continue  # what was there before was the beginning of something else
+        except requests.RequestException as e:
+            problem = f"status {e.response.status_code}" if e.response is not None else type(e).__name__
+            if e.response is not None and 400 <= e.response.status_code < 500:
+                break
+        idle = 0 if size() > had else idle + 1
+        if idle == 3:
+            break
+        show_progress(f"{partial.stem}: {problem}; trying again")
+        time.sleep(2 ** idle)
+    return problem
+
+
+def _fetch(url, partial, have):
+    """Append what is missing of url to the file partial, which has so many bytes."""
+    import requests
+    headers, began = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {}), time.monotonic()
+    with requests.get(url, stream=True, timeout=(10, 30), headers=headers) as reply:  # to connect; between two chunks
+        part = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+        if reply.status_code == 416 and have:  # nothing is missing, or the file is longer than it may be
+            if not part or int(part[2]) != have:
+                partial.unlink()
+                raise requests.ConnectionError
             return
         reply.raise_for_status()
-        have = have if reply.status_code == 206 else 0  # 200: the server sends it all again
-        total = have + int(reply.headers.get("Content-Length", 0))
+        if reply.status_code != 206 or not part or part[1] != str(have):
+            have = 0  # the server sends all of it
+        total, before = have + int(reply.headers.get("Content-Length", 0)), have
         with open(partial, "ab" if have else "wb") as f:
-            for chunk in reply.iter_content(1 << 20):
+            for chunk in reply.iter_content(1 << 16):
                 f.write(chunk)
                 have += len(chunk)
-                show_progress(f"{partial.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB")
+                pace = (have - before) / (time.monotonic() - began)
+                show_progress(f"{partial.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB, {pace / 1e6:.1f} MB/s")
         show_progress("")
         if have < total:
-            raise ConnectionError("the connection broke off")
+            raise requests.ConnectionError
+
+
+def zip_problem(path):
+    """What is wrong with a zip; "" if it is whole and the CRC of each member is right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f"{broken} in it is broken" if broken else ""
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):  # OSError, RuntimeError: nonsense in it
+        return "no whole zip"
 
 
 def save_array(path, array):
-    """np.save to a temporary name, then moved into place."""
-    np.save(f"{path}.partial.npy", array)
-    os.replace(f"{path}.partial.npy", path)
+    """np.save, so that no half of a file is left."""
+    with new_file(path) as partial, open(partial, "wb") as f:
+        np.save(f, array)
 
 
 def save_json(path, value):
-    """json.dump to a temporary name, then moved into place."""
-    Path(f"{path}.partial").write_text(json.dumps(value), encoding="utf-8")
-    os.replace(f"{path}.partial", path)
+    """json.dump, so that no half of a file is left."""
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(value), encoding="utf-8")
 
 
 def load_data(path, prepare_with):
@@ -249,6 +302,8 @@ def load_photos(dataset, image_size):
     prepare = prepare_command(dataset)
     images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
                             for name in ("images.npy", "captions.json", "tokenizer.json"))
+    if len(images) != len(table["names"]):
+        fail(f"data/{dataset} is half of one preparation and half of another; run {prepare} again")
     if images.shape[-1] != image_size:
         fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
              f"run {prepare} --size={image_size}" + f" --max_tiles={images.shape[1]}" * (images.ndim == 5))

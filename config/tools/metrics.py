@@ -30,6 +30,7 @@ def count_ngrams(words, n):
 def bleu(candidates, references):
     """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
     candidates: list of str; references: a list of str for each candidate."""
+    assert all(references), "for each candidate at least one reference"
     return bleu_of_words([words_of(c) for c in candidates], [[words_of(ref) for ref in refs] for refs in references])
 
 
@@ -108,7 +109,7 @@ def cider(candidates, references, df=None):
     """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's). candidates: list of str;
     references: a list of str for each; df: document_frequencies() of other references. A caption of four words or more
     that is its only reference scores 10 (unless all images share its words)."""
-    assert len(candidates) == len(references), "one list of references for each candidate"
+    assert len(candidates) == len(references) and all(references), "for each candidate at least one reference"
     scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
     scores = scorer.scores([words_of(c) for c in candidates], range(len(candidates)))
     return float(scores.mean()), scores

@@ -74,7 +74,7 @@ def files_of(where):
     if path.is_dir():
         found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
         if not found:
-            fail(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+            fail(f"{path} holds neither model.safetensors nor pytorch_model.bin; or name a file, such as best.pt")
         return found[0], path
     if not path.is_file():
         fail(f"no weights at {path}; a file, a folder, or one of {', '.join(HUB)}")
