@@ -81,7 +81,7 @@ def read_folder(folder):
         for number, line in enumerate(f, 1):  # a quote that is not closed ends with its line
             if len(line) > 10_000:
                 config.fail(f"{file}, line {number}: {len(line):,} characters are no caption")
-            row = next(csv.reader([line]), [""])
+            row = next(csv.reader([line]))
             text = ",".join(row[1:]).strip()  # a caption with commas and without quotes stays whole
             if text and (row[0], text) != ("image", "caption"):
                 if not row[0].strip():

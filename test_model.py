@@ -2973,6 +2973,8 @@ def long_test_kills_at_random_moments_lose_nothing():
             while kills < end or not ended:
                 resume = ["--init_from=resume"] * (other / "last.pt").exists()
                 argv = [*args, f"--out_dir={other}", *resume]
+                for partial in other.glob("*.partial"):  # of the kill before
+                    partial.unlink()
                 child = processes.Process(target=run_in_child, args=(stage.__name__, argv))
                 child.start()
                 child.join(draw.uniform(0.5, 2.5) if kills < end else None)

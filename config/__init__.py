@@ -549,8 +549,10 @@ class Run:
         if dist.is_initialized():
             first = torch.tensor([self.done, self.interrupted], dtype=torch.float64, device=device_of(self.model))
             dist.broadcast(first, 0)
-            self.done, self.interrupted = first.tolist()
-        if self.interrupted:
+            self.done, stop = first.tolist()  # a signal that comes meanwhile is for the next step
+        else:
+            stop = self.interrupted
+        if stop:
             self.keep()
         return self.done
 

@@ -99,7 +99,7 @@ def open_images(where, n_frames=1, clip=False):
     a file or a URL; several files, with commas between them, which are seen together; or a folder, of images to be seen
     one by one, or, with clip, of the frames of a clip. Of a clip, n_frames frames are seen."""
     if "," in where and not Path(where).exists() and not where.lower().startswith("http"):  # a URL may hold commas
-        parts = [open_images(part.strip(), n_frames) for part in where.split(",") if part.strip()]
+        parts = [open_images(os.path.expanduser(part.strip()), n_frames) for part in where.split(",") if part.strip()]
         files = [file for opened, _ in parts for file in opened]
         return [(", ".join(name for name, _ in files), [image for _, images in files for image in images])], []
     if where.lower().startswith(("http://", "https://")):
@@ -224,8 +224,9 @@ def _fetch_whole(url, partial, problem_of):
                 return problem
             continue  # what was there before was the beginning of something else
         except requests.RequestException as e:
-            problem = f"status {e.response.status_code}" if e.response is not None else type(e).__name__
-            if e.response is not None and 400 <= e.response.status_code < 500:
+            status = e.response.status_code if e.response is not None else 0
+            problem = f"status {status}" if status else type(e).__name__
+            if 400 <= status < 500 and status not in (408, 429):  # these two pass
                 break
         idle = 0 if size() > had else idle + 1
         if idle == 3:
@@ -247,8 +248,11 @@ def _fetch(url, partial, have):
                 raise requests.ConnectionError
             return
         reply.raise_for_status()
-        if reply.status_code != 206 or not part or part[1] != str(have):
+        if reply.status_code != 206:
             have = 0  # the server sends all of it
+        elif not part or part[1] != str(have):  # another part than the one asked for
+            partial.unlink(missing_ok=True)
+            raise requests.ConnectionError
         total, before = have + int(reply.headers.get("Content-Length", 0)), have
         with open(partial, "ab" if have else "wb") as f:
             for chunk in reply.iter_content(1 << 16):
@@ -267,7 +271,7 @@ def zip_problem(path):
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         return f"{broken} in it is broken" if broken else ""
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError):  # OSError, RuntimeError: nonsense in it
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError):  # the last: nonsense in it
         return "no whole zip"
 
 
