@@ -149,7 +149,7 @@ def main(argv=None):
     except UnicodeDecodeError as e:
         config.fail(f"the captions are not UTF-8 ({e})")
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError, RuntimeError, zlib.error) as e:
-        config.fail(f"{source} is broken ({e})" if source else f"an archive in {out} is broken ({e}); delete it and retry")
+        config.fail(f"{source} is broken ({e})" if source else f"an archive in {out} is broken ({e}); delete it")
     out.mkdir(parents=True, exist_ok=True)
     images = np.zeros((len(names), *([max_tiles] * (max_tiles > 1)), 3, size, size), dtype=np.uint8)
     layouts = np.zeros(len(names), dtype=np.int64)
