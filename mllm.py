@@ -374,13 +374,13 @@ def answer_mask(ids, eos_id):
     return (ids == eos_id).cumsum(dim=1) - (ids == eos_id).long() == 0
 
 
-def answer_log_probs(model, tokens, prompts, ids):
+def answer_log_probs(model, tokens, prompts, ids, temperature=1.0):
     """The log-probabilities (b * K, T) of ids (b * K, T), K answers to each of the prompts (b, Tp); 0 after their end.
-    tokens: (b * k, N, C), of the k images of each prompt."""
+    tokens: (b * k, N, C), of the k images of each prompt; temperature: as they were sampled at."""
     K = len(ids) // len(prompts)
     prompts = prompts.repeat_interleave(K, dim=0)
     mask = torch.cat((torch.zeros_like(prompts, dtype=torch.bool), answer_mask(ids, model.config.eos_id)), dim=1)
-    return model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask, copies=K)[:, prompts.size(1):]
+    return model.log_probs(tokens, torch.cat((prompts, ids), dim=1), mask, K, temperature)[:, prompts.size(1):]
 
 
 @torch.no_grad()

@@ -945,6 +945,12 @@ class GPT(nn.Module):
         return {f"load_{i}_{j}": share for i, block in enumerate(blocks) if block.ff.load is not None
                 for j, share in enumerate(block.ff.load.tolist())}
 
+    def logits_where(self, x, targets):
+        """(B, T, C) of hidden(), (B, T) targets -> (n, vocab_size) logits where there is a target, and these n flat places."""
+        where = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a product anew for each new size
+        return self.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
+
     def forward(self, ids, targets=None):
         """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
         logits = self.head(self.hidden(self.embedding(ids)))
@@ -1228,31 +1234,26 @@ class MLLM(nn.Module):
         ids[:, -1] = self.config.bos_id
         return ids
 
-    def _scored_logits(self, x, targets):
-        """(B, T, C), (B, T) targets -> (n, vocab_size) logits where there is a target, and these n flat places."""
-        where = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a product anew for each new size
-        return self.gpt.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
-
     def forward(self, images, ids, targets=None, label_smoothing=0.0, segments=None):
         """(B, T) ids -> (B, T, vocab_size) logits and None. With targets (B, T), -1 = ignored: None and the loss, since
         the output layer then runs only where there is a target."""
         x = self.hidden(images, ids, segments)
         if targets is None:
             return self.gpt.head(x), None
-        logits, where = self._scored_logits(x, targets)
+        logits, where = self.gpt.logits_where(x, targets)
         loss = F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
         return None, loss + self.gpt.balance_loss()
 
-    def log_probs(self, images, ids, mask=None, copies=1):
+    def log_probs(self, images, ids, mask=None, copies=1, temperature=1.0):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask.
-        copies: how many rows in turn are about the same images, which are given once."""
+        copies: how many rows in turn are about the same images, which are given once. p: softmax(logits /
+        temperature)."""
         wanted = ids != IMAGE_ID if mask is None else mask & (ids != IMAGE_ID)
         targets = ids.masked_fill(~wanted, IGNORE_INDEX)[:, 1:]  # (B, T - 1)
         x, memory, memory_mask = self.embed(images, ids, copies)
         memory_mask = None if memory_mask is None else memory_mask[:, :, :-1].repeat(1, 1, copies, 1)
-        logits, where = self._scored_logits(self.gpt.hidden(x[:, :-1], None, memory, memory_mask), targets)
-        log_p = -F.cross_entropy(logits, targets.flatten()[where], reduction="none")  # (n,)
+        logits, where = self.gpt.logits_where(self.gpt.hidden(x[:, :-1], None, memory, memory_mask), targets)
+        log_p = -F.cross_entropy(logits / temperature, targets.flatten()[where], reduction="none")  # (n,)
         return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where, log_p).view_as(targets), (1, 0))
 
     @torch.no_grad()

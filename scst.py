@@ -21,8 +21,10 @@ Departures from the paper:
   middle of "in front of a", which costs CIDEr nothing
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
 - the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
-- n-grams do not ask for sense, which the model had before: with kl_weight, a sample costs what it has become likelier
-  since then, in expectation the KL divergence from that model (as in Ziegler et al. 2019)
+- samples are drawn at a temperature, and the same softmax(logits / temperature) is trained: after label smoothing,
+  nearly all samples at temperature 1 are broken, and what they teach first is to write likely words
+- n-grams do not ask for sense: with max_surprise, a sample with a token that the GPT of stage 2 finds less likely than
+  so many nats earns nothing
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
@@ -62,10 +64,11 @@ consensus = 0  # with eval_only: also caption by so many samples, of which the o
 cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
 exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
-kl_weight = 0.0  # minus the nats that a sample has become likelier since the start: keeps what the model knew of sense
+max_surprise = 0.0  # nats: a sample with a token that surprises the GPT of stage 2 by more earns nothing; 0: any may
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
 max_sample_tokens = 0  # longer samples end there, without an end token; 0: as long as fits the context
+sample_temperature = 1.0  # lower: samples nearer to the greedy one
 samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
 batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
@@ -87,10 +90,11 @@ TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu4", "length", "bro
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores captions against references, such as those of the training photos: a list of str for each."""
+    """Scores captions against references, such as those of the training photos: a list of str for each. judges: whose
+    GPT finds no token of a caption that earns something more surprising than max_surprise nats; 0: any."""
 
-    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0):
-        self.texts = references
+    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0, max_surprise=0.0, judges=None):
+        self.texts, self.max_surprise, self.judges = references, max_surprise, judges
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
         self.cider_weight, self.bleu_weight, self.exact_weight = cider_weight, bleu_weight, exact_weight
         self.cider = CiderD(self.references)
@@ -106,6 +110,8 @@ class Reward:
         if self.exact_weight:
             exact = [each in self.references[row] for each, row in zip(words, rows, strict=True)]
             scores += self.exact_weight * np.array(exact)
+        if self.max_surprise:
+            scores *= (self.judges.nats(texts) <= self.max_surprise).all(dim=1).numpy()
         return torch.from_numpy(scores).float()
 
 
@@ -126,12 +132,6 @@ def scst_loss(log_probs, advantage):
     """Minus the sum of advantage (n,) * log p over the sampled tokens; train() divides by their number. log_probs: (n,
     T), 0 after the end."""
     return -(advantage[:, None] * log_probs).sum()
-
-
-def kl_costs(log_probs, before, K):
-    """(B * K, T) log-probabilities of K samples per photo, now and under the model before -> (B * K,): how many nats
-    each has become likelier, against the mean of the photo's other samples"""
-    return advantages((log_probs.detach() - before).sum(dim=1).view(-1, K)).flatten()
 
 
 def sample_statistics(captions, rewards):
@@ -165,9 +165,9 @@ def find_sft():
 
 # training ------------------------------------------------------------------------------------------------------------
 
-def train(run, model, before, optimizers, data, reward, prompts):
-    """SCST until the run is over. before: the model as it was at the start; prompts: what it is asked, samples of
-    mllm.py; reward knows their references."""
+def train(run, model, optimizers, data, reward, prompts):
+    """SCST until the run is over. prompts: what the model is asked, samples of mllm.py; reward knows their
+    references."""
     sft, tokenizer = run.more["sft_settings"], data["tokenizer"]
     dev, per_step = config.device_of(model), min(batch_size, len(prompts))
     lengths = torch.tensor([[len(mllm.prompt_ids(model, data, prompt)), len(prompt["images"])] for prompt in prompts])
@@ -179,14 +179,6 @@ def train(run, model, before, optimizers, data, reward, prompts):
             ids = model.generate(tokens.detach(), ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
         rows = ids.tolist()
         return ids, list(map(tokenizer.decode, rows)), [tokenizer.eos_id in row for row in rows]
-
-    def loss_of(tokens, ids, sampled, advantage):
-        log_probs = mllm.answer_log_probs(model, tokens, ids, sampled)  # (b * K, T)
-        if kl_weight:
-            with torch.no_grad():
-                log_probs_before = mllm.answer_log_probs(before, tokens, ids, sampled)
-            advantage = advantage - kl_weight * kl_costs(log_probs, log_probs_before, samples)
-        return scst_loss(log_probs, advantage)
 
     while True:
         progress = run.progress()  # from 0 to 1, by steps or by minutes
@@ -219,7 +211,7 @@ def train(run, model, before, optimizers, data, reward, prompts):
                 all_tokens = model.encode(images, layouts)  # (M, N, C), once for all K samples; as mllm.py trained it
             for rows, ids, its_images in mllm.prompts_by_length(model, data, asked):
                 tokens, places = all_tokens[[numbers.index(i) for i in its_images]], [some[i] for i in rows]
-                sampled, *captions = write(tokens, ids, temperature=1.0, num_captions=samples)  # (b * K, T)
+                sampled, *captions = write(tokens, ids, temperature=sample_temperature, num_captions=samples)  # (b * K, T)
                 greedy = write(tokens, ids)[1:] if baseline == "greedy" else None
                 in_reward -= time.perf_counter()
                 rewards = reward(*captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
@@ -233,7 +225,8 @@ def train(run, model, before, optimizers, data, reward, prompts):
         loss = 0.0
         for draft in drafts:  # learn from them
             with config.autocast(model):
-                part = sum(loss_of(*some) for some in draft) / n_tokens  # of the loss of the batch
+                part = sum(scst_loss(mllm.answer_log_probs(model, *some, sample_temperature), advantage)
+                           for *some, advantage in draft) / n_tokens  # of the loss of the batch
             part.backward()
             loss += part.detach()
         loss = config.update(model, optimizers, loss, factor, grad_clip)
@@ -249,8 +242,8 @@ def main(argv=None):
     settings, out = config.override(globals(), argv), Path(out_dir)
     if image or prompt or chat or eval_only:
         return mllm.use(out / "scst.pt", "scst", settings)
-    if (baseline == "leave_one_out" or kl_weight) and samples < 2:
-        config.fail("baseline=leave_one_out and kl_weight need samples of at least 2")
+    if baseline == "leave_one_out" and samples < 2:
+        config.fail("baseline=leave_one_out needs samples of at least 2")
     resumed = config.resume("scst", settings, start="sft")
     start_from = Path(resumed["sft"]) if resumed else find_sft()
     model, checkpoint = mllm.load_captioner(start_from, "mllm", device, resumed["dtype"] if resumed else dtype)
@@ -258,23 +251,26 @@ def main(argv=None):
     print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
     prompts, references = mllm.prompts_of(data["splits"]["train"])
     config.check_batch(min(batch_size, len(prompts)), accumulation)
-    before = copy.deepcopy(model).eval()
+    before = copy.deepcopy(model.state_dict())
     model.vit.requires_grad_(train_vit)
     optimizers = config.optimizers(model, 0.0, lr, weight_decay)
     model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
-    reward = Reward(references, cider_weight, bleu_weight, exact_weight)
+    if max_surprise and not data["judges"].gpt:
+        config.fail(f"max_surprise={max_surprise} takes the GPT that {start_from} started from, and there is no file "
+                    f"gpt_ckpt={sft['gpt_ckpt']!r}; or --max_surprise=0")
+    reward = Reward(references, cider_weight, bleu_weight, exact_weight, max_surprise, data["judges"])
     run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt", sft=str(start_from),
                      sft_settings=sft, asks=data["asks"], tokenizer=checkpoint["tokenizer"],
                      image_transform=checkpoint["image_transform"])
     trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
     print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
-    train(run, model, before, optimizers, data, reward, prompts)
+    train(run, model, optimizers, data, reward, prompts)
     if not config.is_main():
         return
     plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
     best, captions = [], []
     print(f"{'':<13}" + "".join(f"{name:>13}" for name in TABLE))
-    for when, weights in (("before", before.state_dict()), ("after", config.load(out / "scst.pt", "scst")["model"])):
+    for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
         for split in ("val", "test"):
             scores, said = mllm.evaluate_decodings(model, data, split, beams, length_penalty)

@@ -1776,6 +1776,9 @@ def test_judges_say_how_likely_a_caption_is_and_how_near_to_its_photo():
         judge, clip = tiny_judges(folder)
         nats = judge.nats(["ab", ""])
         close(nats[:, :4], math.log(500) * torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]))  # the end is a token
+        for limit, worth in ((0.0, 1), (6.0, 0), (6.5, 1)):  # math.log(500) is 6.2
+            reward = scst.Reward([["ab"]], 0.0, 0.0, exact_weight=1.0, max_surprise=limit, judges=judge)
+            assert reward(["ab"], [True], [0]).tolist() == [worth]
         vectors = clip.eval().embed_images(judge.images)
         texts = clip.embed_texts(data.pad_texts(["a", "b"], BPETokenizer([]), clip.config.max_tokens))
         close(judge.cosines(["a", "b", "a"], [2, 0, 2]), (texts[[0, 1, 0]] * vectors[[2, 0, 2]]).sum(dim=1))
@@ -1830,10 +1833,14 @@ def test_scst_gradient_reaches_the_end_token_and_nothing_after_it():
     close(log_probs.grad, torch.tensor([[-3.0] * 4, [6.0] * 4]))
 
 
-def test_what_has_become_likelier_costs():
-    now, before = torch.tensor([[-1.0, -1, 0], [-2, -2, -2]]), torch.tensor([[-4.0, -2, 0], [-2, -2, -2]])
-    costs = scst.kl_costs(now.requires_grad_(), before, 2)  # 4 nats and none
-    assert costs.tolist() == [4, -4] and not costs.requires_grad
+def test_scst_trains_the_distribution_that_it_samples():
+    model, prompt = shake(tiny_mllm()), torch.tensor([[5, 6]])
+    tokens = model.encode(photos(1)).detach()
+    prompt = torch.cat((model.caption_prompt(tokens), prompt), dim=1)
+    logits = model(tokens, prompt)[0][:, -1]
+    for temperature in (0.5, 2.0):
+        log_p = mllm.answer_log_probs(model, tokens, prompt, torch.tensor([[7], [9]]), temperature)
+        close(log_p[:, 0], (logits / temperature).log_softmax(dim=-1)[0, [7, 9]], 1e-5)
 
 
 def test_captions_for_evaluation_are_written_without_dropout():
@@ -2689,7 +2696,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         assert run(mllm, *crossed, "--out_dir=out/crossed", "--image=photo.png").count("photo.png: ") == 1
         run(scst, *TOY[scst], "--sft_dir=out/crossed", "--out_dir=out/more")
         check_stage(scst, "scst.pt")
-        for more in (("--baseline=leave_one_out", "--samples=3", "--kl_weight=0.1"), ("--bleu_weight=1.0",)):
+        for more in (("--baseline=leave_one_out", "--samples=3", "--sample_temperature=0.5"), ("--bleu_weight=1.0",)):
             said = run(scst, *TOY[scst], *more, "--out_dir=out/more")
             assert "before" in said and "after" in said and "validation CIDEr" in said
         run(scst, *TOY[scst], "--dtype=bfloat16", "--out_dir=out/bf16")
@@ -2704,6 +2711,7 @@ def test_mllm_and_scst_run_resume_and_caption():
         raises(SystemExit, "out/gpt/best.pt is no checkpoint of vit, but of gpt", run, mllm, *other)
         raises(SystemExit, "lr is 0.5 and was", run, scst, *TOY[scst], "--init_from=resume", "--lr=0.5")
         raises(SystemExit, "at least 2", run, scst, *TOY[scst], "--baseline=leave_one_out", "--samples=1")
+        raises(SystemExit, "there is no file gpt_ckpt=''", run, scst, *TOY[scst], "--max_surprise=6")
 
 
 # without what each process draws for itself: dropout and augmentation

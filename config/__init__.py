@@ -39,11 +39,12 @@ LIMITS = {  # setting: its least and largest value, or the values it may have; a
         gpt_layer gpt_head gpt_embd text_layer text_embd cross_every experts_per_token""".split(), (1, MOST)),
     **dict.fromkeys("""grad_clip temperature top_k muon_lr adam_lr lr weight_decay warmup_steps shift length_penalty
         first_size frames across_layer n_experts balance_weight context train_size max_sample_tokens
-        kl_weight""".split(), (0, MOST)),
+        max_surprise""".split(), (0, MOST)),
     **dict.fromkeys("beams num_captions num_samples".split(), (1, 1000)), "consensus": (0, 1000),
     **dict.fromkeys("crop jitter word_dropout cooldown growth top_p".split(), (0, 1)),
     **dict.fromkeys("dropout label_smoothing align_share patch_dropout".split(), (0, 0.99)),
     "max_tokens": (3, MOST), "n_drawn": (40, MOST), "max_tiles": (1, 4), "yarn": (1, MOST),
+    "sample_temperature": (0.01, MOST),
     "dtype": {"auto", "float32", "bfloat16"},
     "eval_split": {"train", "val", "test"}, "fusion": {"prefix", "cross"}, "task": {"classify", "clip"},
     "baseline": {"greedy", "leave_one_out"},

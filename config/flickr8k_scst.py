@@ -6,5 +6,6 @@ batch_size = 128  # photos
 samples = 5  # captions each
 max_sample_tokens = 20
 baseline = "leave_one_out"
-kl_weight = 0.04  # see config/flickr8k_scst_cpu.py
+sample_temperature = 0.5
+max_surprise = 6.0
 eval_interval = 100

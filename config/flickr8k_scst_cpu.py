@@ -6,5 +6,6 @@ batch_size = 48  # photos
 samples = 4  # captions each
 max_sample_tokens = 20  # few captions are longer, and a step takes as long as the longest sample
 baseline = "leave_one_out"  # 0.8 of CIDEr above greedy after 300 steps, the mean of two seeds
-kl_weight = 0.04  # without it, captions lose sense and get alike
+sample_temperature = 0.5
+max_surprise = 6.0
 eval_interval = 200

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import config
 from config.tools.data import pad_texts
-from model import CLIP, GPT, CLIPConfig, GPTConfig, evaluating, tokenizer_from_state
+from model import CLIP, GPT, IGNORE_INDEX, CLIPConfig, GPTConfig, evaluating, tokenizer_from_state
 
 SURPRISING = 6.0  # nats: a token less likely than 1 in 400, given those before it
 
@@ -38,13 +38,16 @@ class Judges:
     def nats(self, captions, batch_size=250):
         """n str -> (n, T): minus the log-probability of each token, the end among them, given those before; 0 after
         the end. T: the context of the GPT, or less."""
-        longest = 2 + max(len(self.tokenizer.encode(caption)) for caption in captions)
+        longest, nats = 2 + max(len(self.tokenizer.encode(caption)) for caption in captions), []
         width = min(8 * math.ceil(longest / 8), self.gpt.config.block_size)
         ids = pad_texts(captions, self.tokenizer, width).to(config.device_of(self.gpt))
+        targets = ids.masked_fill(ids == self.tokenizer.pad_id, IGNORE_INDEX)[:, 1:]
         with evaluating(self.gpt), config.autocast(self.gpt):
-            logits = [self.gpt(some[:, :-1])[0].float() for some in ids.split(batch_size)]
-        nats = [F.cross_entropy(some.transpose(1, 2), their, ignore_index=self.tokenizer.pad_id, reduction="none")
-                for some, their in zip(logits, ids[:, 1:].split(batch_size))]
+            for some, their in zip(ids.split(batch_size), targets.split(batch_size)):
+                x = self.gpt.hidden(self.gpt.embedding(some[:, :-1]))
+                logits, where = self.gpt.logits_where(x, their)
+                loss = F.cross_entropy(logits, their.flatten()[where], reduction="none")
+                nats.append(loss.new_zeros(their.numel()).index_copy(0, where, loss).view_as(their))
         return torch.cat(nats).cpu()
 
     @torch.no_grad()
