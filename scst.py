@@ -6,7 +6,7 @@ share of right answers to questions.
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
 
-Expect the test CIDEr of config/flickr8k_cpu.py to go from 35 to 42 in 22 minutes on two CPU cores with AVX512-BF16.
+Expect the test CIDEr of config/flickr8k_cpu.py to go from 35 to 43 in 22 minutes on two CPU cores with AVX512-BF16.
 
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
