@@ -946,7 +946,8 @@ class GPT(nn.Module):
                 for j, share in enumerate(block.ff.load.tolist())}
 
     def logits_where(self, x, targets):
-        """(B, T, C) of hidden(), (B, T) targets -> (n, vocab_size) logits where there is a target, and these n flat places."""
+        """(B, T, C) of hidden(), (B, T) targets -> (n, vocab_size) logits where there is a target, and these n places
+        in targets.flatten()."""
         where = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a product anew for each new size
         return self.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
@@ -1246,8 +1247,8 @@ class MLLM(nn.Module):
 
     def log_probs(self, images, ids, mask=None, copies=1, temperature=1.0):
         """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask.
-        copies: how many rows in turn are about the same images, which are given once. p: softmax(logits /
-        temperature)."""
+        copies: how many rows in turn are about the same images, which are given once. p is the softmax of
+        logits / temperature."""
         wanted = ids != IMAGE_ID if mask is None else mask & (ids != IMAGE_ID)
         targets = ids.masked_fill(~wanted, IGNORE_INDEX)[:, 1:]  # (B, T - 1)
         x, memory, memory_mask = self.embed(images, ids, copies)

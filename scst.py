@@ -23,8 +23,8 @@ Departures from the paper:
 - the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
 - samples are drawn at a temperature, and the same softmax(logits / temperature) is trained: after label smoothing,
   nearly all samples at temperature 1 are broken, and what they teach first is to write likely words
-- n-grams do not ask for sense: with max_surprise, a sample with a token that the GPT of stage 2 finds less likely than
-  so many nats earns nothing
+- n-grams do not ask for sense: with max_surprise, a sample earns nothing if one of its tokens, the end among them, has
+  under the GPT of stage 2 a probability below exp(-max_surprise)
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
@@ -68,7 +68,7 @@ max_surprise = 0.0  # nats: a sample with a token that surprises the GPT of stag
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
 max_sample_tokens = 0  # longer samples end there, without an end token; 0: as long as fits the context
-sample_temperature = 1.0  # lower: samples nearer to the greedy one
+sample_temperature = 1.0  # below 1 samples are more like the greedy caption
 samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
 batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process cuts its share of the batch into: less memory
@@ -90,8 +90,8 @@ TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu4", "length", "bro
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores captions against references, such as those of the training photos: a list of str for each. judges: whose
-    GPT finds no token of a caption that earns something more surprising than max_surprise nats; 0: any."""
+    """Scores captions against references, such as those of the training photos: a list of str for each. A caption with
+    a token of more than max_surprise nats under the GPT of judges is worth 0; max_surprise 0: none is."""
 
     def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0, max_surprise=0.0, judges=None):
         self.texts, self.max_surprise, self.judges = references, max_surprise, judges
@@ -110,7 +110,7 @@ class Reward:
         if self.exact_weight:
             exact = [each in self.references[row] for each, row in zip(words, rows, strict=True)]
             scores += self.exact_weight * np.array(exact)
-        if self.max_surprise:
+        if self.max_surprise:  # on a caption that does not end, the end surprises
             scores *= (self.judges.nats(texts) <= self.max_surprise).all(dim=1).numpy()
         return torch.from_numpy(scores).float()
 
@@ -211,7 +211,7 @@ def train(run, model, optimizers, data, reward, prompts):
                 all_tokens = model.encode(images, layouts)  # (M, N, C), once for all K samples; as mllm.py trained it
             for rows, ids, its_images in mllm.prompts_by_length(model, data, asked):
                 tokens, places = all_tokens[[numbers.index(i) for i in its_images]], [some[i] for i in rows]
-                sampled, *captions = write(tokens, ids, temperature=sample_temperature, num_captions=samples)  # (b * K, T)
+                sampled, *captions = write(tokens, ids, temperature=sample_temperature, num_captions=samples)
                 greedy = write(tokens, ids)[1:] if baseline == "greedy" else None
                 in_reward -= time.perf_counter()
                 rewards = reward(*captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
