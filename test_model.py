@@ -1325,6 +1325,23 @@ def test_update_clips_steps_and_reports_a_gradient_that_is_not_finite():
             math.isnan(got) if math.isnan(want) else abs(model.weight.item() + want) < 1e-5)
 
 
+def test_muon_makes_momentum_nearly_orthogonal_as_torch_does():
+    for shape in ((24, 8), (8, 24), (16, 16)):
+        x = torch.randn(shape) + 2
+        U, _, V = torch.linalg.svd(x, full_matrices=False)
+        made = config.orthogonalize(x)
+        values = torch.linalg.svdvals(made)
+        assert 0.6 < values.min() and values.max() < 1.3, values
+        assert (made * (U @ V)).sum() > 0.95 * made.norm() * (U @ V).norm()  # a cosine: it is near U V^T
+        ours, theirs = (nn.Parameter(x.clone()) for _ in range(2))
+        steps = [config.Muon([ours], 0.1, 0.5, torch.bfloat16), torch.optim.Muon([theirs], 0.1, 0.5)]
+        for _ in range(3):
+            ours.grad = theirs.grad = torch.randn(shape)
+            for optimizer in steps:
+                optimizer.step()
+            assert torch.equal(ours, theirs)
+
+
 def test_optimizers_take_every_parameter_once_and_muon_the_matrices_of_the_blocks():
     model = GPT(GPTConfig(vocab_size=11, n_layer=1, n_embd=8, n_head=2, positions="learned", tie_weights=False))
     muon, adam = config.optimizers(model, 0.01, 0.001)
