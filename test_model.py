@@ -1345,6 +1345,8 @@ def test_muon_makes_momentum_nearly_orthogonal_as_torch_does():
 def test_optimizers_take_every_parameter_once_and_muon_the_matrices_of_the_blocks():
     model = GPT(GPTConfig(vocab_size=11, n_layer=1, n_embd=8, n_head=2, positions="learned", tie_weights=False))
     muon, adam = config.optimizers(model, 0.01, 0.001)
+    assert muon.dtype == torch.float32
+    assert config.optimizers(config.place(model, torch.device("cpu"), "bfloat16"), 0.01, 0.001)[0].dtype == torch.bfloat16
     taken = [id(p) for o in (muon, adam) for g in o.param_groups for p in g["params"]]
     assert sorted(taken) == sorted(id(p) for p in model.parameters())
     named = lambda model, optimizer: {name for name, p in model.named_parameters()
