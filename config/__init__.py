@@ -328,7 +328,7 @@ def epoch_rows(n, batch_size, step, seed):
 
 class Muon(torch.optim.Optimizer):
     """Makes the momentum of each weight matrix nearly semi-orthogonal, then takes a step along it (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon). The same as torch.optim.Muon, but computes in dtype; torch's always takes
+    https://kellerjordan.github.io/posts/muon). The same as torch.optim.Muon, but computes in dtype, where torch's takes
     bfloat16, 30 times slower than float32 on a CPU without instructions for it."""
 
     def __init__(self, params, lr, weight_decay, dtype):
