@@ -2787,8 +2787,9 @@ def test_questions_about_drawn_images_are_learnt_and_asked():
 def long_test_two_processes_and_accumulation_train_as_one_process_does():
     long = ("--max_steps=20", "--eval_interval=1")
     runs = [*((stage, (*TOY[stage], *FIXED[stage], *long)) for stage in (gpt, vit, mllm)),
-            (mllm, (*TOY[mllm], *FIXED[mllm], *long, "--fusion=cross")), (vit, (*TOY_CLIP, *FIXED_CLIP, *long)),
-            (scst, (*TOY[scst], "--sft_dir=out/fixed", *long))]  # of given samples
+            (mllm, (*TOY[mllm], *FIXED[mllm], *long, "--fusion=cross")), (vit, (*TOY_CLIP, *FIXED_CLIP, *long))]
+    runs += [(stage, (*args, "--muon_lr=0.0")) for stage, args in runs]  # AdamW for all
+    runs.append((scst, (*TOY[scst], "--sft_dir=out/fixed", *long)))  # of given samples
     script = "\n".join(f"{stage.__name__}.main({[*args, f'--out_dir=out/two{i}']})"
                        for i, (stage, args) in enumerate(runs))
     with in_new_folder():
