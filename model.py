@@ -2,13 +2,15 @@
 Every part of a multimodal transformer, each built from the ones before it:
 
     1. tokenizers      CharTokenizer, BPETokenizer
-    2. attention       scaled_dot_product_attention, KVCache, RotaryEmbedding, MultiHeadAttention; masks
-    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, positional encodings; evaluating
+    2. attention       Linear, scaled_dot_product_attention, KVCache, RotaryEmbedding, MultiHeadAttention; masks
+    3. layers          LayerNorm, RMSNorm, Dropout, FeedForward, LearnedPositionalEncoding
     4. blocks          EncoderBlock, DecoderBlock
-    5. stacks          TransformerEncoder, TransformerDecoder, Transformer (the encoder-decoder of 2017)
+    5. stacks          TransformerEncoder, TransformerDecoder; init_weights
     6. vision          PatchEmbedding, AttentionPooling, ViT
     7. language        GPT
     8. multimodal      connectors, MLLM, CLIP
+    9. options         beam search, MixtureOfExperts, YaRN, several images, CLIP's own ViT, tiles, and the
+                       encoder-decoder of 2017
 
 Shapes: (B, T, C) = batch, time, channels; (B, N, C) for image tokens; (B, n_head, T, head_dim) inside attention.
 Masks are boolean, True = may attend, and broadcast to (B, n_head, Tq, Tk). A row that may attend nowhere gives zeros.
@@ -18,8 +20,6 @@ import contextlib
 import heapq
 import math
 import re
-import sys
-import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -27,26 +27,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IGNORE_INDEX = -1  # a target that no loss counts
-IMAGE_ID = -200  # the placeholder of an image in the ids: no token of any vocabulary, so that no GPT can write it
-
-
-class SettingError(ValueError):
-    """A setting, a text or a file that cannot be used. The stages print its message alone, without a traceback."""
-
-
-def choose(table, **choice):
-    """choose({"a": A, "b": B}, kind="a") -> A; SettingError names the kinds that there are."""
-    (kind, name), = choice.items()
-    if name not in table:
-        raise SettingError(f"{kind} {name!r}: {', '.join(table)}")
-    return table[name]
+IGNORE_INDEX = -1  # a target that does not count in the loss
+IMAGE_ID = -200  # the placeholder of an image among token ids; no vocabulary has it, so no GPT can write it
 
 
 # 1. tokenizers -------------------------------------------------------------------------------------------------------
 
 class CharTokenizer:
-    """One id per character. The vocabulary is the set of characters of the text that it is made from, sorted."""
+    """One id per character. The vocabulary is the sorted set of characters of a text."""
 
     def __init__(self, text):
         self.chars = "".join(sorted(set(text)))
@@ -54,10 +42,9 @@ class CharTokenizer:
         self.vocab_size = len(self.chars)
 
     def encode(self, text):
-        """str -> list of ids; SettingError names a character that the vocabulary lacks."""
-        unknown = next((c for c in text if c not in self.ids), None)
-        if unknown is not None:
-            raise SettingError(f"the character {unknown!r} is not in the vocabulary of this model")
+        """Return the list of ids of a str. Fails on a character outside the vocabulary."""
+        for c in text:
+            assert c in self.ids, f"the character {c!r} is not in the vocabulary of this model"
         return [self.ids[c] for c in text]
 
     def decode(self, ids):
@@ -72,21 +59,23 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte-pair encoding on UTF-8 bytes (Sennrich et al. 2016; byte-level as in GPT-2, Radford et al. 2019). Ids 0-2
-    are pad, bos and eos, which encode() never returns and decode() leaves out, so that no typed text can be taken for
-    them; then come the 256 bytes, so that no text is unknown; then one id per merge, in the order learnt."""
+    """Byte-pair encoding of UTF-8 bytes (Sennrich et al. 2016; on bytes as in GPT-2, Radford et al. 2019).
+
+    Ids 0 to 2 are pad, bos and eos, which encode() never returns and decode() omits, so no text can imitate them. Then
+    follow the 256 bytes, so no text is unknown, and one id per merge in the order in which the merges were learnt.
+    """
 
     pad_id, bos_id, eos_id = range(3)
     byte_ids = range(3, 3 + 256)  # the id of each byte
     first_merge = 3 + 256
-    # text is cut into words (with the space before them), punctuation and white space; merges stay inside a piece
+    # text is split into words (with the space before them), punctuation and white space; merges stay inside a piece
     pieces = re.compile(r"'(?:s|t|re|ve|m|ll|d)\b| ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+")
 
     def __init__(self, merges):
-        """merges: [(left id, right id)], in the order in which they were learnt."""
+        """merges: list of (left id, right id), in the order in which they were learnt."""
         self.merges = [tuple(pair) for pair in merges]
-        self.ranks = {pair: self.first_merge + i for i, pair in enumerate(self.merges)}  # pair -> id of the pair
-        self.bytes = [b""] * self.first_merge
+        self.pair_ids = {pair: self.first_merge + i for i, pair in enumerate(self.merges)}
+        self.bytes = [b""] * self.first_merge  # of each id
         for b, i in enumerate(self.byte_ids):
             self.bytes[i] = bytes([b])
         for left, right in self.merges:
@@ -96,39 +85,39 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learn merges from an iterable of str until vocab_size ids exist, or no pair occurs twice."""
-        if vocab_size < cls.first_merge:
-            raise SettingError(f"vocab_size must be at least {cls.first_merge}: the special ids and every byte")
-        count = Counter(piece for text in texts for piece in cls.pieces.findall(text))
-        words = [(cls.ids_of_bytes(piece), n) for piece, n in count.items()]
-        pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
-        for w, (ids, n) in enumerate(words):
+        """Learn merges from an iterable of str until there are vocab_size ids, or no pair occurs twice."""
+        assert vocab_size >= cls.first_merge, f"vocab_size={vocab_size}: special ids and bytes are {cls.first_merge}"
+        piece_counts = Counter(piece for text in texts for piece in cls.pieces.findall(text))
+        words = [(cls.ids_of_bytes(piece), n) for piece, n in piece_counts.items()]
+        counts = Counter()  # how often each pair occurs
+        where = defaultdict(set)  # the indices of the words in which it occurs
+        changed = set()  # pairs whose count has changed
+
+        def count_pairs(w, sign):
+            ids, n = words[w]
             for pair in zip(ids, ids[1:]):
-                pairs[pair] += n
+                counts[pair] += sign * n
                 where[pair].add(w)
-        heap = [(-n, pair) for pair, n in pairs.items()]
-        heapq.heapify(heap)
+                changed.add(pair)
+
+        for w in range(len(words)):
+            count_pairs(w, +1)
         merges = []
-        while heap and cls.first_merge + len(merges) < vocab_size:
-            n, pair = heapq.heappop(heap)
-            if pairs[pair] != -n:  # an outdated entry: the pair's count has changed since, and was pushed again
-                continue
-            if -n < 2:
+        heap = []  # (-count, pair), the most frequent first
+        while cls.first_merge + len(merges) < vocab_size:
+            for pair in changed:
+                heapq.heappush(heap, (-counts[pair], pair))
+            changed.clear()
+            while heap and heap[0][0] != -counts[heap[0][1]]:
+                heapq.heappop(heap)  # outdated: the pair was pushed again when its count changed
+            if not heap or heap[0][0] > -2:
                 break
-            change = defaultdict(int)  # of the pairs' counts by this merge
+            _, pair = heapq.heappop(heap)
             for w in where.pop(pair):
+                count_pairs(w, -1)
                 ids, n = words[w]
-                merged = cls._merge(ids, pair, cls.first_merge + len(merges))
-                for old in zip(ids, ids[1:]):
-                    change[old] -= n
-                for fresh in zip(merged, merged[1:]):
-                    change[fresh] += n
-                    where[fresh].add(w)
-                words[w] = (merged, n)
-            for each, n in change.items():
-                pairs[each] += n
-                if pairs[each] > 0:
-                    heapq.heappush(heap, (-pairs[each], each))
+                words[w] = cls.merge(ids, pair, cls.first_merge + len(merges)), n
+                count_pairs(w, +1)
             merges.append(pair)
         return cls(merges)
 
@@ -137,30 +126,37 @@ class BPETokenizer:
         return [cls.byte_ids[b] for b in text.encode("utf-8", "surrogatepass")]
 
     @staticmethod
-    def _merge(ids, pair, new):
-        """ids with every occurrence of pair replaced by the id new."""
-        out = []
+    def merge(ids, pair, new_id):
+        """Return ids with every occurrence of pair replaced by new_id."""
+        merged = []
         for i in ids:
-            if out and (out[-1], i) == pair:
-                out[-1] = new
+            if merged and (merged[-1], i) == pair:
+                merged[-1] = new_id
             else:
-                out.append(i)
-        return out
+                merged.append(i)
+        return merged
 
     def encode(self, text):
-        """str -> list of ids, none of them special."""
-        out, rank = [], lambda pair: self.ranks.get(pair, math.inf)  # the pair learnt first is merged first
+        """Return the list of ids of a str, none of them special."""
+        ids = []
         for piece in self.pieces.findall(text):
             if piece not in self.cache:
-                ids = self.ids_of_bytes(piece)
-                while (best := min(zip(ids, ids[1:]), key=rank, default=None)) in self.ranks:
-                    ids = self._merge(ids, best, self.ranks[best])
-                self.cache[piece] = ids
-            out += self.cache[piece]
-        return out
+                self.cache[piece] = self.encode_piece(piece)
+            ids += self.cache[piece]
+        return ids
+
+    def encode_piece(self, piece):
+        """Merge the pair that was learnt first, again and again."""
+        ids = self.ids_of_bytes(piece)
+        while len(ids) > 1:
+            pair = min(zip(ids, ids[1:]), key=lambda pair: self.pair_ids.get(pair, math.inf))
+            if pair not in self.pair_ids:
+                break
+            ids = self.merge(ids, pair, self.pair_ids[pair])
+        return ids
 
     def decode(self, ids):
-        """ids -> str; special ids are left out, bytes that are no UTF-8 become U+FFFD."""
+        """Return the str of ids without the special ones. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def state(self):
@@ -171,211 +167,224 @@ class BPETokenizer:
         return cls(state["merges"])
 
 
-class GPT2Tokenizer(BPETokenizer):
-    """The tokenizer of GPT-2 with its ids: the 256 bytes, printable ones first; the merges that OpenAI learnt;
-    <|endoftext|>; after these our pad, bos and eos."""
-
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    byte_ids = [i for _, i in sorted((b, i) for i, b in enumerate([*printable, *sorted({*range(256)} - {*printable})]))]
-    first_merge = 256
-
-    def __init__(self, merges):
-        super().__init__(merges)
-        self.pad_id, self.bos_id, self.eos_id = range(len(self.bytes) + 1, len(self.bytes) + 4)
-        self.bytes += [b""] * 4
-        self.vocab_size = len(self.bytes)
-        # GPT-2 cuts by the Unicode categories L and N. To re, \w is L, N and _; \d is Nd; the rest of N is Nl and No
-        n = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Nl", "No"))
-        s = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # white space; re's \s is more
-        self.pieces = re.compile(rf"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_{n}]+| ?[\d{n}]+| ?(?:[^\w{s}]|_)+"
-                                 rf"|[{s}]+(?![^{s}])|[{s}]+")
-
-    def state(self):
-        return super().state() | {"kind": "gpt2"}
+TOKENIZERS = {"char": CharTokenizer, "byte_bpe": BPETokenizer}
 
 
 def tokenizer_from_state(state):
-    """The tokenizer whose state() this is. SettingError for a kind that this version does not know."""
-    kinds = {"char": CharTokenizer, "byte_bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
-    return choose(kinds, tokenizer=state["kind"]).from_state(state)
+    """Return the tokenizer whose state() this is."""
+    return TOKENIZERS[state["kind"]].from_state(state)
 
 
 # 2. attention --------------------------------------------------------------------------------------------------------
 
+class Linear(nn.Linear):
+    """nn.Linear that says how its weights start, see init_weights(): normal with standard deviation std, by default
+    1 / sqrt(channels in), which keeps the size of activations."""
+
+    def __init__(self, n_in, n_out, bias=True, std=None):
+        super().__init__(n_in, n_out, bias=bias)
+        self.std = n_in ** -0.5 if std is None else std
+
+
+class OutputLayer(Linear):
+    """The layer that scores classes or tokens. Its small weights make all of them about equally likely at first, as in
+    GPT-2. AdamW trains it, not Muon."""
+
+    def __init__(self, n_in, n_out, bias=True):
+        super().__init__(n_in, n_out, bias=bias, std=0.02)
+
+
 def padding_mask(ids, pad_id):
-    """(B, T) ids -> (B, 1, 1, T) mask, True at the tokens that are not padding."""
+    """Return the (B, 1, 1, T) mask of (B, T) ids, True at the tokens that are not padding."""
     return (ids != pad_id)[:, None, None, :]
 
 
 def causal_mask(Tq, Tk, device=None):
-    """(Tq, Tk) mask in which a query sees the keys up to its own position; the last query sees the last key."""
+    """Return a (Tq, Tk) mask: each query sees the keys up to its own position. The last query is at the last key."""
     return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
-    """softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017).
+    """Return softmax(q k^T / sqrt(head_dim)) v, equation 1 of "Attention Is All You Need" (Vaswani et al. 2017).
 
-    q: (..., Tq, head_dim), k and v: (..., Tk, head_dim), mask: boolean, broadcastable to (..., Tq, Tk).
+    q: (..., Tq, head_dim); k and v: (..., Tk, head_dim); mask: boolean, broadcastable to (..., Tq, Tk).
     Returns the output (..., Tq, head_dim) and the weights (..., Tq, Tk) before dropout.
     """
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (..., Tq, Tk); to divide q is less work
-    if mask is not None:  # to add is faster than to fill; a finite number gives no NaN where a row sees nothing
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (..., Tq, Tk)
+    if mask is not None:  # the lowest finite number: -inf would give NaN in a row that sees nothing
+        bias = torch.zeros_like(mask, dtype=scores.dtype)
+        scores = scores + bias.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
-    if mask is not None and not (seen := mask.any(dim=-1, keepdim=True)).all():
-        weights = weights.masked_fill(~seen, 0.0)
+    if mask is not None:
+        weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     return F.dropout(weights, dropout_p, dropout_p > 0) @ v, weights
 
 
 class KVCache:
-    """The keys and values of one attention layer for the positions seen so far, in memory allocated once."""
+    """The keys and values of an attention layer for all positions so far, in memory allocated once."""
 
     def __init__(self, max_len):
-        self.max_len, self.length, self.k, self.v = max_len, 0, None, None
+        self.max_len = max_len
+        self.length = 0
+        self.k = self.v = None
 
     def append(self, k, v):
-        """k, v: (B, n_head, T, head_dim) of the next T positions. Returns those of all positions so far."""
+        """Add the keys and values (B, n_head, T, head_dim) of T positions. Return those of all positions so far."""
         B, n_head, T, head_dim = k.shape
         if self.k is None:
-            self.k, self.v = (t.new_empty(B, n_head, self.max_len, head_dim) for t in (k, v))
-        self.k[:, :, self.length:self.length + T] = k
-        self.v[:, :, self.length:self.length + T] = v
-        self.length += T
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+            self.k = k.new_empty(B, n_head, self.max_len, head_dim)
+            self.v = v.new_empty(B, n_head, self.max_len, head_dim)
+        end = self.length + T
+        self.k[:, :, self.length:end] = k
+        self.v[:, :, self.length:end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
 
     def select(self, rows):
-        """Keep these rows of the batch, (n,) indices; a row may be kept several times, for several continuations."""
+        """Keep these rows of the batch, (n,) indices, for which a row may be named several times."""
         if self.k is not None:
-            self.k, self.v = self.k[rows], self.v[rows]
-
-
-def rows_at(table, start, T):
-    """(max_len, C) -> (T, C), the rows from start on; or, where start is a (B, T) tensor, (B, T, C), those rows."""
-    return table[start] if torch.is_tensor(start) else table[start:start + T]
+            self.k = self.k[rows]
+            self.v = self.v[rows]
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary positions (RoFormer, Su et al. 2021): each pair of channels is rotated by an angle proportional to the
-    position, so that a query and a key see only their distance. Channel i pairs with i + head_dim / 2."""
+    position, so that the product of a query and a key depends only on their distance. Channel i is paired with
+    channel i + head_dim / 2."""
 
-    def __init__(self, head_dim, max_len, base=10000.0, yarn=1.0, trained_len=0):
-        """yarn: factor by which the context of a model that was trained with trained_len positions (0: max_len) is
-        stretched without further training (YaRN, Peng et al. 2023). A pair of channels that turned beta times or more
-        in trained_len keeps its frequency; one that turned alpha times or less is divided by the factor, so that it
-        meets no new angle; a ramp in between. The paper has alpha = 1 and beta = 32 for Llama, and says that they
-        depend on the model; with contexts of hundreds, 0.5 and 2 are better. Queries and keys are scaled by 0.1
-        ln(yarn) + 1: a sharper softmax over more keys."""
+    def __init__(self, head_dim, max_len, base=10000.0):
         super().__init__()
-        if head_dim % 2:
-            raise SettingError(f"rotary positions need an even head_dim, not {head_dim}")
-        frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (head_dim / 2,), radians a position
-        if yarn != 1.0:
-            turns = (trained_len or max_len) * frequencies / (2 * math.pi)
-            alpha, beta = 0.5, 2.0
-            kept = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
-            frequencies = frequencies * (kept + (1 - kept) / yarn)
-        angles, size = torch.outer(torch.arange(max_len).float(), frequencies), 0.1 * math.log(yarn) + 1
-        self.register_buffer("cos", size * angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
-        self.register_buffer("sin", size * angles.sin().repeat(1, 2), persistent=False)
+        assert head_dim % 2 == 0, f"rotary positions need an even head_dim, not {head_dim}"
+        self.frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (head_dim / 2,), radians
+        self.set_tables(self.frequencies, max_len)
 
-    def forward(self, x, start=0):
-        """x: (B, n_head, T, head_dim) at the positions start, start + 1, ...; or start: (B, T), the positions."""
-        cos, sin = (rows_at(table, start, x.size(-2)).to(x.dtype) for table in (self.cos, self.sin))  # (T, head_dim)
-        if cos.dim() == 3:
-            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, head_dim)
+    def set_tables(self, frequencies, max_len, scale=1.0):
+        angles = torch.outer(torch.arange(max_len).float(), frequencies)
+        self.register_buffer("cos", scale * angles.cos().repeat(1, 2), persistent=False)  # (max_len, head_dim)
+        self.register_buffer("sin", scale * angles.sin().repeat(1, 2), persistent=False)
+
+    def forward(self, x, positions):
+        """Rotate x (B, n_head, T, head_dim) by the angles of positions (T,), or (B, T)."""
+        cos = self.cos[positions].unsqueeze(-3).to(x.dtype)  # (1, T, head_dim), or (B, 1, T, head_dim)
+        sin = self.sin[positions].unsqueeze(-3).to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, section 3.2.2): self-, cross- and cached attention in one class.
-    n_embd: channels in and out; rotary: a RotaryEmbedding for self-attention, or None; fused: run torch's kernel, which
-    never holds the (Tq, Tk) weights in memory, instead of scaled_dot_product_attention above. The latter runs all the
-    same for bfloat16 on a CPU, where it is faster, and where the attribute keep_weights is True; the attention weights
-    (B, n_head, Tq, Tk) are then kept as the attribute attn_weights."""
 
-    def __init__(self, n_embd, n_head, bias=True, rotary=None, fused=True):
+    With keep_weights = True the weights (B, n_head, Tq, Tk) of the last call are kept in attn_weights.
+    """
+
+    def __init__(self, n_embd, n_head, bias=True, rotary=None, proj_std=0.0):
+        """rotary: a RotaryEmbedding for self-attention. proj_std: initial weights of the projection back into the
+        residual stream; with 0, a block adds nothing at first (Goyal et al. 2017, Bachlechner et al. 2020)."""
         super().__init__()
-        if n_embd % n_head:
-            raise SettingError(f"n_embd={n_embd} is not a multiple of n_head={n_head}")
-        self.n_head, self.rotary, self.fused = n_head, rotary, fused
-        self.keep_weights, self.attn_weights = False, None
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)  # the three projections in one matrix product
-        self.proj = nn.Linear(n_embd, n_embd, bias=bias)
+        assert n_embd % n_head == 0, f"n_embd={n_embd} is not a multiple of n_head={n_head}"
+        self.n_head = n_head
+        self.rotary = rotary
+        self.qkv = Linear(n_embd, 3 * n_embd, bias=bias)  # queries, keys and values in one matrix product
+        self.proj = Linear(n_embd, n_embd, bias=bias, std=proj_std)
+        self.fused = True
+        self.keep_weights = False
+        self.attn_weights = None
 
-    def _heads(self, x):
+    def forward(self, x, memory=None, mask=None, causal=False, cache=None, positions=None):
+        """Attend from x (B, Tq, C) to itself or to memory (B, Tk, C). Returns (B, Tq, C).
+
+        mask: boolean, True = may attend. causal: queries see keys up to their own position. cache: a KVCache; in
+        self-attention x continues what it holds, in cross-attention it keeps the keys and values of the memory.
+        positions: (Tq,) or (B, Tq) rotary positions; by default those that follow the cache.
+        """
+        B, Tq, C = x.shape
+        start = 0 if cache is None else cache.length
+        q, k, v = self.project(x, memory, start)  # (B, n_head, T, head_dim)
+        if self.rotary is not None:
+            if positions is None:
+                positions = torch.arange(start, start + Tq, device=x.device)
+            q = self.rotary(q, positions)
+            k = self.rotary(k, positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = self.attend(q, k, v, mask, causal)
+        return self.proj(out.transpose(1, 2).reshape(B, Tq, C))  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
+
+    def project(self, x, memory, start):
+        """Return queries of x, and keys and values of x or of the memory from position start on."""
+        if memory is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            C = x.size(-1)
+            q_weight, kv_weight = self.qkv.weight.split((C, 2 * C))
+            q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((C, 2 * C))
+            q = F.linear(x, q_weight, q_bias)
+            k, v = F.linear(memory[:, start:], kv_weight, kv_bias).chunk(2, dim=-1)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def split_heads(self, x):
         B, T, C = x.shape
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, n_head, T, head_dim)
 
-    def forward(self, x, memory=None, mask=None, causal=False, cache=None, positions=None):
-        """x: (B, Tq, C); memory: (B, Tk, C) to attend to instead of x; mask: boolean, True = may attend; causal: a
-        query sees the keys up to its own place. cache: a KVCache; for self-attention x continues what it holds, for
-        cross-attention it keeps the memory's keys and values after the first call. positions: (B, Tq), of the rotary
-        embedding, where they are not 0, 1, 2, ..."""
-        B, Tq, C = x.shape
-        start = 0 if cache is None else cache.length
-        if memory is None:
-            q, k, v = (self._heads(t) for t in self.qkv(x).chunk(3, dim=-1))
-            if self.rotary is not None:
-                where = start if positions is None else positions
-                q, k = self.rotary(q, where), self.rotary(k, where)
-        else:
-            q_weight, kv_weight = self.qkv.weight.split((C, 2 * C))
-            q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split((C, 2 * C))
-            q = self._heads(F.linear(x, q_weight, q_bias))
-            new = memory[:, start:]  # nothing, once the cache holds the memory
-            k, v = (self._heads(t) for t in F.linear(new, kv_weight, kv_bias).chunk(2, dim=-1))
-        if cache is not None:
-            k, v = cache.append(k, v)
-        Tk = k.size(2)
-        fused = self.fused and not self.keep_weights and not (q.dtype == torch.bfloat16 and q.device.type == "cpu")
-        is_causal = causal and mask is None and Tq == Tk and fused  # the kernel has this one mask built in
-        if causal and not is_causal and Tq > 1:
-            allowed = causal_mask(Tq, Tk, x.device)
+    def attend(self, q, k, v, mask, causal):
+        """Run the attention function above, or torch's kernel where that is faster: except for bfloat16 on a CPU."""
+        Tq, Tk = q.size(2), k.size(2)
+        slow_kernel = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        fused = self.fused and not self.keep_weights and not slow_kernel
+        if fused and causal and mask is None and Tq == Tk:  # the kernel knows this mask
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if causal and Tq > 1:
+            allowed = causal_mask(Tq, Tk, q.device)
             mask = allowed if mask is None else mask & allowed
         if fused:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
-            if mask is not None:  # kernels differ in what they make of a row that sees nothing
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+            if mask is not None:  # kernels differ in what they return for a row that sees nothing
                 out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
-        else:
-            out, attn_weights = scaled_dot_product_attention(q, k, v, mask)
-            self.attn_weights = attn_weights.detach() if self.keep_weights else None
-        return self.proj(out.transpose(1, 2).reshape(B, Tq, C))  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
+            return out
+        out, weights = scaled_dot_product_attention(q, k, v, mask)
+        self.attn_weights = weights.detach() if self.keep_weights else None
+        return out
 
 
 # 3. layers -----------------------------------------------------------------------------------------------------------
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) over the channels, then a gain and a shift (Ba et al. 2016). Run by torch's
-    kernel: written out, as RMSNorm below, a small ViT's training step is a fifth longer on a CPU."""
+    """(x - mean) / sqrt(variance + eps) over the channels, then a gain and a shift (Ba et al. 2016). Computed by
+    torch's kernel: written out like RMSNorm below, the training step of a small ViT takes a fifth longer on a CPU."""
 
     def __init__(self, n_embd, eps=1e-5):
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.zeros(n_embd)), eps
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
+        self.eps = eps
 
     def forward(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square 1 over the channels, then a gain; the mean stays (Zhang and Sennrich 2019)."""
+    """x / root mean square over the channels, then a gain; the mean is kept (Zhang and Sennrich 2019)."""
 
     def __init__(self, n_embd, eps=1e-5):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(n_embd)), eps
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
 
     def forward(self, x):
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
 
 
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
 def make_norm(norm, n_embd):
-    """norm: "layer" or "rms"."""
-    return choose({"layer": LayerNorm, "rms": RMSNorm}, norm=norm)(n_embd)
+    assert norm in NORMS, f"norm={norm}: {' or '.join(NORMS)}"
+    return NORMS[norm](n_embd)
 
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Inside the block the model is in evaluation mode, without dropout; then it returns to its mode before."""
+    """Put the model into evaluation mode, without dropout, inside a with block."""
     was_training = model.training
     model.eval()
     try:
@@ -385,8 +394,11 @@ def evaluating(model):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share p of x in training and scales the rest by 1 / (1 - p) (Srivastava et al. 2014). p is rounded to
-    256ths: one random byte decides on an element, eight are drawn at once; F.dropout's numbers are slow on CPUs."""
+    """Zero a share p of x in training and scale the rest by 1 / (1 - p) (Srivastava et al. 2014).
+
+    p is rounded to 256ths: one random byte decides on each element, and eight bytes are drawn at once, since drawing
+    the numbers of F.dropout is slow on CPUs.
+    """
 
     def __init__(self, p):
         super().__init__()
@@ -395,8 +407,10 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        random = torch.empty(-(-x.numel() // 8), dtype=torch.long, device=x.device).random_(-2 ** 63, None)
-        keep = random.view(torch.uint8)[:x.numel()].view(x.shape) >= 256 * self.p
+        n_words = math.ceil(x.numel() / 8)
+        words = torch.empty(n_words, dtype=torch.long, device=x.device).random_(-2 ** 63, None)
+        random_bytes = words.view(torch.uint8)[:x.numel()].view(x.shape)
+        keep = random_bytes >= 256 * self.p
         return x * (keep / (1 - self.p)).to(x.dtype)
 
 
@@ -406,17 +420,7 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
-def gelu_tanh(x):
-    """The approximation of GELU that GPT-2 was trained with (Hendrycks and Gimpel 2016, section 2)."""
-    return F.gelu(x, approximate="tanh")
-
-
-def quick_gelu(x):
-    """The coarser approximation of GELU that CLIP was trained with (the same section)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swiglu": swiglu}
 
 
 class FeedForward(nn.Module):
@@ -424,93 +428,47 @@ class FeedForward(nn.Module):
 
     def __init__(self, n_embd, n_hidden=None, activation="gelu", dropout=0.0, bias=True):
         super().__init__()
-        self.activation, n_hidden = choose(ACTIVATIONS, activation=activation), n_hidden or 4 * n_embd
-        if activation == "swiglu":
-            n_hidden = round(n_hidden * 2 / 3 / 8) * 8  # keeps the number of weights; 8 suits the hardware
-        self.up = nn.Linear(n_embd, 2 * n_hidden if activation == "swiglu" else n_hidden, bias=bias)
-        self.proj = nn.Linear(n_hidden, n_embd, bias=bias)
+        assert activation in ACTIVATIONS, f"activation={activation}: {', '.join(ACTIVATIONS)}"
+        self.activation = ACTIVATIONS[activation]
+        n_hidden = n_hidden or 4 * n_embd
+        n_up = n_hidden
+        if activation == "swiglu":  # two thirds of the width keep the number of weights; 8 suits the hardware
+            n_hidden = round(n_hidden * 2 / 3 / 8) * 8
+            n_up = 2 * n_hidden
+        self.up = Linear(n_embd, n_up, bias=bias)
+        self.proj = Linear(n_hidden, n_embd, bias=bias, std=0.0)
         self.drop = Dropout(dropout)
 
     def forward(self, x):
         return self.drop(self.proj(self.activation(self.up(x))))
 
 
-class MixtureOfExperts(nn.Module):
-    """(B, T, C) -> (B, T, C): feed-forward layers, the experts, of which each token passes through the k that a router
-    prefers (Shazeer et al. 2017). Their outputs are weighted by the router's probabilities, of sum 1; with k = 1 by the
-    probability itself, or the router would get no gradient from the loss.
-
-    In training, load (n_experts,) is the share of the choices that fell on each expert, and balance the load-balancing
-    loss of the Switch Transformer (Fedus et al. 2022, equation 4): n_experts times the sum of load times mean
-    probability, 1 where the tokens are spread evenly. Both are of one forward pass, padding included: with accumulation
-    or several processes, each part is balanced by itself."""
-
-    def __init__(self, n_embd, n_experts, k, **feed_forward):
-        super().__init__()
-        if not 1 <= k <= n_experts:
-            raise SettingError(f"experts_per_token={k} is not between 1 and n_experts={n_experts}")
-        self.k, self.load, self.balance = k, None, None
-        self.router = nn.Linear(n_embd, n_experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(n_embd, **feed_forward) for _ in range(n_experts))
-
-    def forward(self, x):
-        tokens, n_experts = x.flatten(0, 1), len(self.experts)  # (B * T, C)
-        p = self.router(tokens).float().softmax(dim=-1)  # (B * T, n_experts)
-        weights, chosen = p.topk(self.k, dim=-1)  # (B * T, k)
-        weights = weights / weights.sum(dim=-1, keepdim=True) if self.k > 1 else weights
-        out = torch.zeros_like(tokens)
-        for i, expert in enumerate(self.experts):
-            rows, rank = (chosen == i).nonzero(as_tuple=True)  # the tokens that chose it, and as which of their k
-            padded = F.pad(rows, (0, -len(rows) % 64))  # CPUs prepare a product anew for each new size
-            new = weights[rows, rank, None] * expert(tokens[padded])[:len(rows)]
-            out = out.index_add(0, rows, new.to(out.dtype))
-        if self.training:
-            self.load = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
-            self.balance = n_experts * (self.load * p.mean(dim=0)).sum()
-        return out.view_as(x)
-
-
-class SinusoidalPositionalEncoding(nn.Module):
-    """Adds sines and cosines of geometrically spaced wavelengths (Vaswani et al. 2017, section 3.5)."""
-
-    def __init__(self, n_embd, max_len):
-        super().__init__()
-        angles = torch.outer(torch.arange(max_len).float(), 10000.0 ** (-torch.arange(0, n_embd, 2).float() / n_embd))
-        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :n_embd]  # (max_len, n_embd)
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, x, start=0):
-        """x: (B, T, C) at the positions start, start + 1, ..."""
-        return x + rows_at(self.table, start, x.size(1))
-
-
 class LearnedPositionalEncoding(nn.Module):
-    """Adds one learnt vector per position; used as the encoding above."""
+    """Add one learnt vector per position."""
 
     def __init__(self, n_embd, max_len):
         super().__init__()
         self.positions = nn.Parameter(torch.zeros(max_len, n_embd))
 
-    def forward(self, x, start=0):
-        return x + rows_at(self.positions, start, x.size(1))
+    def forward(self, x, positions=slice(None)):
+        """x: (B, T, C) at positions (T,) or (B, T), by default at all of them."""
+        return x + self.positions[positions]
 
 
 # 4. blocks -----------------------------------------------------------------------------------------------------------
-# Pre-norm: the residual stream itself is never normalised (Xiong et al. 2020). Dropout acts on what each sub-layer
-# adds to the stream, as in Vaswani et al. 2017, section 5.4, and not on the attention weights: on a CPU, drawing random
-# numbers for those takes longer than the attention itself.
+# Pre-norm: the residual stream itself is never normalised (Xiong et al. 2020). Dropout acts on what each sub-layer adds
+# to the stream (Vaswani et al. 2017, section 5.4), not on the attention weights: on a CPU, drawing random numbers for
+# those takes longer than the attention itself.
 
 class EncoderBlock(nn.Module):
-    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x)), with n_experts a mixture."""
+    """(B, T, C) -> (B, T, C): x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None,
-                 n_experts=0, experts_per_token=1):
+    def __init__(self, n_embd, n_head, activation="gelu", norm="layer", dropout=0.0, bias=True, rotary=None):
         super().__init__()
-        self.norm1, self.norm2 = make_norm(norm, n_embd), make_norm(norm, n_embd)
+        self.norm1 = make_norm(norm, n_embd)
         self.attn = MultiHeadAttention(n_embd, n_head, bias=bias, rotary=rotary)
-        feed_forward = {"activation": activation, "dropout": dropout, "bias": bias}
-        self.ff = MixtureOfExperts(n_embd, n_experts, experts_per_token, **feed_forward) if n_experts else \
-            FeedForward(n_embd, **feed_forward)
+        self.norm2 = make_norm(norm, n_embd)
+        self.ff = FeedForward(n_embd, activation=activation, dropout=dropout, bias=bias)
         self.drop = Dropout(dropout)
 
     def forward(self, x, mask=None):
@@ -519,117 +477,97 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(EncoderBlock):
-    """An encoder block whose self-attention is causal; with cross=True, cross-attention to a memory follows it.
+    """An encoder block with causal self-attention, followed by cross-attention to a memory if cross=True.
 
-    gated: what the cross-attention adds is multiplied by the tanh of a learnt number that starts at 0, so that at first
-    the model does what it did without a memory (Flamingo, Alayrac et al. 2022).
+    gated: the output of the cross-attention is multiplied by the tanh of a learnt number that starts at 0, so the
+    model does at first what it did without a memory (Flamingo, Alayrac et al. 2022).
     """
 
     def __init__(self, n_embd, n_head, norm="layer", bias=True, cross=False, gated=False, **block):
         super().__init__(n_embd, n_head, norm=norm, bias=bias, **block)
-        self.cross_norm = make_norm(norm, n_embd) if cross else None
-        self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias) if cross else None
-        self.cross_gate = nn.Parameter(torch.zeros(1)) if cross and gated else None
+        self.cross_attn = self.cross_gate = None
+        if cross:
+            self.cross_norm = make_norm(norm, n_embd)
+            # behind a gate of zero, a projection of zeros would get no gradient, nor would the gate
+            self.cross_attn = MultiHeadAttention(n_embd, n_head, bias=bias, proj_std=n_embd ** -0.5 if gated else 0.0)
+            self.cross_gate = nn.Parameter(torch.zeros(1)) if gated else None
 
-    def forward(self, x, memory=None, mask=None, memory_mask=None, cache=None, positions=None):
-        """x: (B, T, C); memory: (B, Tm, C) or None: no cross-attention; cache: KVCache of self- and of cross-attn. Or x
-        has K times as many rows, and K in turn share a memory, whose keys and values are then computed once."""
-        self_cache, cross_cache = cache or (None, None)
+    def forward(self, x, memory=None, mask=None, memory_mask=None, caches=(None, None), positions=None):
+        """x: (B, T, C); memory: (B, Tm, C), or None to skip cross-attention; caches: of self- and cross-attention.
+
+        x may have K times as many rows as the memory: then K rows in turn share a row of it.
+        """
+        self_cache, cross_cache = caches
         x = x + self.drop(self.attn(self.norm1(x), mask=mask, causal=True, cache=self_cache, positions=positions))
         if self.cross_attn is not None and memory is not None:
-            asking = self.cross_norm(x).view(len(memory), -1, x.size(2))  # (B, K * T, C)
-            attended = self.cross_attn(asking, memory, memory_mask, cache=cross_cache).view_as(x)
-            x = x + self.drop(attended if self.cross_gate is None else self.cross_gate.tanh() * attended)
+            queries = self.cross_norm(x).view(len(memory), -1, x.size(2))  # (B, K * T, C)
+            attended = self.cross_attn(queries, memory, memory_mask, cache=cross_cache).view_as(x)
+            if self.cross_gate is not None:
+                attended = self.cross_gate.tanh() * attended
+            x = x + self.drop(attended)
         return x + self.ff(self.norm2(x))
 
 
 # 5. stacks -----------------------------------------------------------------------------------------------------------
 
 def init_weights(model):
-    """The one place where weights get their first values. Matrices: normal with deviation 1 / sqrt(channels in), which
-    keeps the size of activations; projections back into the residual stream 0, so that a block does nothing at first
-    (Goyal et al. 2017, Bachlechner et al. 2020), unless behind a gate that starts at 0: where both factors are 0,
-    neither has a gradient. Output layers and embeddings: 0.02 (GPT-2), so that all tokens are about equally likely.
-    Convolutions as in He et al. 2015; biases 0; gains 1, and 0 where a residual branch of convolutions ends."""
-    gated = [block.cross_attn.proj for block in model.modules() if getattr(block, "cross_gate", None) is not None]
-    for name, module in model.named_modules():
+    """Set the initial weights of all layers of a model.
+
+    Linear layers: normal with the standard deviation that the layer names, see Linear. Embeddings: 0.02, as in GPT-2.
+    Convolutions: He et al. 2015. Biases: 0.
+    """
+    for module in model.modules():
         if isinstance(module, nn.Linear):
-            zero = name.endswith("proj") and not any(module is proj for proj in gated)
-            std = 0.0 if zero else 0.02 if name.endswith("head") else module.in_features ** -0.5
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, (nn.Embedding, LearnedPositionalEncoding)):
-            nn.init.normal_(next(module.parameters()), std=0.02)
+            nn.init.normal_(module.weight, std=getattr(module, "std", module.in_features ** -0.5))
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, LearnedPositionalEncoding):
+            nn.init.normal_(module.positions, std=0.02)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, ResidualConv):
-            nn.init.zeros_(module.norm2.weight)
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 class TransformerEncoder(nn.Module):
-    """n_layer encoder blocks and a last norm: (B, T, C) -> (B, T, C). block: what else EncoderBlock takes."""
+    """n_layer encoder blocks and a last norm: (B, T, C) -> (B, T, C). block: further arguments of EncoderBlock."""
 
     def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
         super().__init__()
         self.blocks = nn.ModuleList(EncoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer))
         self.norm = make_norm(norm, n_embd)
 
-    def forward(self, x, mask=None, keep=()):
-        """keep: indices of blocks whose outputs are wanted too, beside the last: (B, T, C * (1 + len(keep)))."""
-        kept = []
-        for i, block in enumerate(self.blocks):
+    def forward(self, x, mask=None):
+        for block in self.blocks:
             x = block(x, mask)
-            kept += [x] if i in keep else []
-        return torch.cat((self.norm(x), *kept), dim=-1) if keep else self.norm(x)
-
-
-class TransformerDecoder(nn.Module):
-    """n_layer decoder blocks, a last norm. cross_every: each so many-th has cross-attention. block: as DecoderBlock."""
-
-    def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
-        super().__init__()
-        if cross_every > n_layer:
-            raise SettingError(f"cross_every={cross_every}: no block of n_layer={n_layer} would have cross-attention")
-        has_cross = [cross_every > 0 and (i + 1) % cross_every == 0 for i in range(n_layer)]
-        self.blocks = nn.ModuleList(DecoderBlock(n_embd, n_head, norm=norm, cross=has, **block) for has in has_cross)
-        self.norm = make_norm(norm, n_embd)
-
-    def new_caches(self, max_len, memory_len=0):
-        return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]  # empty, for forward(caches=...)
-
-    def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None, positions=None):
-        """(B, T, C) -> (B, T, C); mask: in addition to the causal one, such as padding_mask(ids, pad_id)."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, memory, mask, memory_mask, caches[i] if caches else None, positions)
         return self.norm(x)
 
 
-class Transformer(nn.Module):
-    """The encoder-decoder of Vaswani et al. 2017, pre-norm. One embedding for source, target, output (section 3.4)."""
+class TransformerDecoder(nn.Module):
+    """n_layer decoder blocks and a last norm. Every cross_every-th block has cross-attention; 0: none has.
 
-    def __init__(self, vocab_size, n_layer=6, n_embd=512, n_head=8, max_len=512, pad_id=0, dropout=0.1):
+    block: further arguments of DecoderBlock.
+    """
+
+    def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
         super().__init__()
-        self.pad_id, self.n_embd = pad_id, n_embd
-        self.embedding = nn.Embedding(vocab_size, n_embd)
-        self.position = SinusoidalPositionalEncoding(n_embd, max_len)
-        self.drop = Dropout(dropout)
-        self.encoder = TransformerEncoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout)
-        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, activation="relu", dropout=dropout, cross_every=1)
-        init_weights(self)
-        nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
+        assert cross_every <= n_layer, f"cross_every={cross_every}: with n_layer={n_layer} no block has cross-attention"
+        self.blocks = nn.ModuleList()
+        for i in range(n_layer):
+            has_cross = cross_every > 0 and (i + 1) % cross_every == 0
+            self.blocks.append(DecoderBlock(n_embd, n_head, norm=norm, cross=has_cross, **block))
+        self.norm = make_norm(norm, n_embd)
 
-    def embed(self, ids):
-        return self.drop(self.position(self.embedding(ids) * math.sqrt(self.n_embd)))
+    def new_caches(self, max_len, memory_len=0):
+        """Return empty caches for forward(): of self- and of cross-attention, for each block."""
+        return [(KVCache(max_len), KVCache(memory_len)) for _ in self.blocks]
 
-    def encode(self, source):
-        """(B, Ts) ids -> (B, Ts, C) memory"""
-        return self.encoder(self.embed(source), padding_mask(source, self.pad_id))
-
-    def forward(self, source, target):
-        """(B, Ts), (B, Tt) ids -> (B, Tt, vocab_size): at each position the logits of the token after it."""
-        masks = padding_mask(target, self.pad_id), padding_mask(source, self.pad_id)
-        return F.linear(self.decoder(self.embed(target), self.encode(source), *masks), self.embedding.weight)
+    def forward(self, x, memory=None, mask=None, memory_mask=None, caches=None, positions=None):
+        """(B, T, C) -> (B, T, C). mask: in addition to the causal one, such as padding_mask(ids, pad_id)."""
+        for i, block in enumerate(self.blocks):
+            block_caches = caches[i] if caches else (None, None)
+            x = block(x, memory, mask, memory_mask, block_caches, positions)
+        return self.norm(x)
 
 
 # 6. vision -----------------------------------------------------------------------------------------------------------
@@ -645,214 +583,153 @@ class ViTConfig:
     dropout: float = 0.0
     activation: str = "gelu"
     norm: str = "layer"
-    stem: str = "conv"  # "patch": one linear layer a patch
+    stem: str = "residual"  # or "patch": one linear layer per patch
     label_smoothing: float = 0.0
     pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
     pixel_std: tuple = (63.0, 62.0, 65.0)
-    class_token: bool = False  # a learnt token before the patches, as CLIP has; features() leaves it out
-    pre_norm: bool = False  # a norm before the first block, as CLIP has
-    last_norm: bool = True  # a norm after the last block
-    max_tiles: int = 1  # above 1, an image is up to so many tiles of image_size; see TileEmbedding
-    across_layer: int = 0  # further blocks, in which the patches of all tiles of an image attend to each other
-    keep: tuple = ()  # indices of blocks whose outputs stand beside the last in features()
     patch_dropout: float = 0.0  # share of the patches that are left out in training
-
-    def __post_init__(self):
-        if self.patch_dropout and (self.class_token or self.max_tiles > 1):
-            raise SettingError("patch_dropout is for images without class token and tiles")
-        if list(self.keep) != [i for i in range(self.n_layer) if i in self.keep]:
-            raise SettingError(f"keep={self.keep} are not some of the blocks 0 to {self.n_layer - 1}, in order")
-
-    @property
-    def n_features(self):
-        """Channels of ViT.features()."""
-        return self.n_embd * (1 + len(self.keep))
+    # options, see section 9
+    clip_layout: bool = False  # CLIPViT
+    max_tiles: int = 1  # above 1: TiledViT
+    across_layer: int = 0
+    keep: tuple = ()
 
 
 class ResidualConv(nn.Module):
-    """(B, n, H, W) -> the same plus what two 3x3 convolutions make of it (ResNet, He et al. 2016), 0 at first."""
+    """(B, n, H, W) -> the same plus two 3x3 convolutions of it (ResNet, He et al. 2016), which add nothing at first."""
 
     def __init__(self, n):
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(n, n, 3, padding=1, bias=False) for _ in range(2))
-        self.norm1, self.norm2 = nn.GroupNorm(1, n), nn.GroupNorm(1, n)
+        self.conv1 = nn.Conv2d(n, n, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(1, n)
+        self.conv2 = nn.Conv2d(n, n, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(1, n)
+        nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x):
-        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        x_conv = F.relu(self.norm1(self.conv1(x)))
+        return x + self.norm2(self.conv2(x_conv))
 
 
 class PatchEmbedding(nn.Module):
-    """(B, 3, H, W) -> (B, N, C), N = H / patch_size * W / patch_size, row by row. stem="patch": one linear map of each
-    patch (ViT, Dosovitskiy et al. 2020). stem="conv": 3x3 convolutions, most of stride 2, down to one place per patch
-    (Xiao et al. 2021): neighbouring pixels belong together, and with little data it pays to build that in.
-    stem="residual": each halving doubles the channels, and a ResidualConv follows all but the first."""
+    """(B, 3, H, W) -> (B, N, C) with N = H / patch_size * W / patch_size, row by row.
 
-    def __init__(self, patch_size, n_embd, stem="patch"):
+    stem="patch": one linear map per patch (ViT, Dosovitskiy et al. 2020). stem="residual": convolutions halve the image
+    and double the channels until a patch is one place (Xiao et al. 2021), each but the first followed by a
+    ResidualConv. Neighbouring pixels belong together, and with little data it pays to build that in.
+    """
+
+    def __init__(self, patch_size, n_embd, stem):
         super().__init__()
         self.patch_size = patch_size
-        if stem != "patch" and n_embd < patch_size:
-            raise SettingError(f"stem={stem} and patches of {patch_size} pixels take a width of {patch_size} or more")
-        linear_stem = lambda patch_size, n_embd: nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
-        self.stem = choose({"patch": linear_stem, "conv": self.conv_stem, "residual": self.residual_stem},
-                           stem=stem)(patch_size, n_embd)
-
-    @staticmethod
-    def unit(n_in, n_out, stride):
-        """The layers of a convolution with its norm and ReLU."""
-        return [nn.Conv2d(n_in, n_out, 3, stride, padding=1), nn.GroupNorm(1, n_out), nn.ReLU()]
-
-    @staticmethod
-    def halvings(patch_size):
-        """How often an image is halved until a patch is one place."""
-        if patch_size < 2 or patch_size & (patch_size - 1):
-            raise SettingError(f"the convolutional stem halves the image: patch_size={patch_size} is not 2, 4, 8, ...")
-        return patch_size.bit_length() - 1
-
-    def residual_stem(self, patch_size, n_embd):
-        widths = [3, *(n_embd >> i for i in reversed(range(self.halvings(patch_size))))]  # such as 3, 32, 64, 128
+        assert stem in ("patch", "residual"), f"stem={stem}: patch or residual"
+        if stem == "patch":
+            self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
+            return
+        n_halvings = patch_size.bit_length() - 1
+        assert patch_size == 2 ** n_halvings and 2 <= patch_size <= n_embd, (
+            f"stem=residual halves the image: patch_size={patch_size} is not 2, 4, 8, ... up to n_embd={n_embd}")
         layers = []
-        for a, b in zip(widths, widths[1:]):
-            layers += self.unit(a, b, 2) + [ResidualConv(b)] * bool(layers)
-        return nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
-
-    def conv_stem(self, patch_size, n_embd):
-        unit, halvings = self.unit, self.halvings(patch_size)
-        widths = [3, n_embd // 4, *[3 * n_embd // 8] * (halvings - 2)] if halvings > 1 else [3]  # such as 3, 32, 48
-        layers = [layer for a, b in zip(widths, widths[1:]) for layer in unit(a, b, 2)]
-        if halvings > 1:  # before the last halving, a convolution that keeps the size
-            layers += unit(widths[-1], widths[-1], 1)
-        return nn.Sequential(*layers, *unit(widths[-1], n_embd, 2), nn.Conv2d(n_embd, n_embd, 1))
+        n_in = 3
+        for i in reversed(range(n_halvings)):
+            n_out = n_embd // 2 ** i  # such as 32, 64, 128
+            layers += [nn.Conv2d(n_in, n_out, 3, stride=2, padding=1), nn.GroupNorm(1, n_out), nn.ReLU()]
+            if n_in > 3:
+                layers.append(ResidualConv(n_out))
+            n_in = n_out
+        self.stem = nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
 
     def forward(self, images):
         H, W = images.shape[-2:]
-        if H % self.patch_size or W % self.patch_size:
-            raise ValueError(f"{H}x{W} pixels do not divide into patches of {self.patch_size}x{self.patch_size}")
-        return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H', W') -> (B, N, C)
-
-
-LAYOUTS = [(rows, columns) for rows in range(1, 5) for columns in range(1, 5) if rows * columns <= 4]  # of tiles
-
-
-def best_layout(width, height, max_tiles):
-    """The index in LAYOUTS of the grid of square tiles on which an image is laid: of those with max_tiles at most the
-    one on which it is reduced least; of several of these the one that is padded least, and then the smallest. The side
-    of a tile is 1, and width and height are in tiles."""
-    def cost(layout):
-        rows, columns = LAYOUTS[layout]
-        scale = min(columns / width, rows / height)  # the image then fits
-        padding = rows * columns - scale ** 2 * width * height
-        return max(0.0, 1 - scale), round(padding, 6), rows * columns
-    return min((i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles), key=cost)
-
-
-class TileEmbedding(nn.Module):
-    """(M, T, N, C), the N patches of T tiles of an image -> the same with a learnt vector added for each place in each
-    layout, times the tanh of a learnt number that starts at 0 (Llama 3.2 Vision, Meta 2024). layouts: (M,)"""
-
-    def __init__(self, n_embd):
-        super().__init__()
-        self.vectors = nn.Embedding(len(LAYOUTS), 4 * n_embd)
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, layouts):
-        M, T, N, C = x.shape
-        return x + self.gate.tanh() * self.vectors(layouts).view(M, 4, 1, C)[:, :T]
+        p = self.patch_size
+        assert H % p == 0 and W % p == 0, f"{H}x{W} pixels do not divide into patches of {p}x{p}"
+        return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H / p, W / p) -> (B, N, C)
 
 
 class AttentionPooling(nn.Module):
-    """(B, N, C) -> (B, C): each head takes the mean of its C / n_head channels over the tokens, weighted by the softmax
-    of a learnt score (as SeqPool in Compact Transformers, Hassani et al. 2021, with several heads)."""
+    """(B, N, C) -> (B, C): each head averages its C / n_head channels over the tokens, weighted by the softmax of a
+    learnt score (SeqPool of Compact Transformers, Hassani et al. 2021, with several heads)."""
 
     def __init__(self, n_embd, n_head):
         super().__init__()
-        self.score = nn.Linear(n_embd, n_head, bias=False)  # the softmax would not see a bias
+        self.score = Linear(n_embd, n_head, bias=False)  # the softmax would ignore a bias
 
     def attn_weights(self, x):
-        """(B, N, C) -> (B, N, n_head): how much each token counts; sums to 1 over the tokens."""
+        """Return the (B, N, n_head) weights of the tokens, which sum to 1 over N."""
         return self.score(x).softmax(dim=1)
 
     def forward(self, x):
         B, N, C = x.shape
         weights = self.attn_weights(x)[..., None]  # (B, N, n_head, 1)
-        return (weights * x.view(B, N, weights.size(2), -1)).sum(dim=1).view(B, C)  # (B, N, n_head, C/n_head) -> (B, C)
+        n_head = weights.size(2)
+        pooled = (weights * x.view(B, N, n_head, C // n_head)).sum(dim=1)  # (B, n_head, C / n_head)
+        return pooled.view(B, C)
 
 
 class ViT(nn.Module):
-    """Vision transformer (Dosovitskiy et al. 2020). Its class logits come from attention pooling of the patch tokens,
-    not from a class token. Images are pixel values 0 to 255, uint8 or float, (B, 3, H, W), normalised here by buffers
-    that travel with the weights. Another size than config.image_size works: the positions are interpolated."""
+    """Vision transformer (Dosovitskiy et al. 2020). Class logits come from attention pooling of the patches.
+
+    Images are pixels 0 to 255, uint8 or float, (B, 3, H, W), normalised here. Sizes other than config.image_size work:
+    the positions are interpolated.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.n_features = c.n_embd  # channels of features()
         self.register_buffer("pixel_mean", torch.tensor(c.pixel_mean).view(1, 3, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(c.pixel_std).view(1, 3, 1, 1))
-        if c.image_size % c.patch_size:
-            raise SettingError(f"image_size={c.image_size} is not a multiple of patch_size={c.patch_size}")
+        assert c.image_size % c.patch_size == 0, (
+            f"image_size={c.image_size} is not a multiple of patch_size={c.patch_size}")
         self.grid = c.image_size // c.patch_size
         self.patches = PatchEmbedding(c.patch_size, c.n_embd, c.stem)
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid ** 2)
-        self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, c.n_embd)) if c.class_token else None
-        self.pre_norm = make_norm(c.norm, c.n_embd) if c.pre_norm else nn.Identity()
         self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, c.norm, dropout=c.dropout,
                                           activation=c.activation)
-        if not c.last_norm:
-            self.encoder.norm = nn.Identity()
-        if c.max_tiles > 1:
-            self.tiles_before, self.tiles_after = TileEmbedding(c.n_embd), TileEmbedding(c.n_embd)
-            self.across = nn.ModuleList(EncoderBlock(c.n_embd, c.n_head, c.activation, c.norm, c.dropout)
-                                        for _ in range(c.across_layer))
         self.pool = AttentionPooling(c.n_embd, c.n_head)
-        self.head = nn.Linear(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
+        self.head = OutputLayer(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
         init_weights(self)
 
-    def _add_positions(self, x, H, W):
-        """x: (B, H * W, C), a grid of H x W patches."""
+    def embed_patches(self, images):
+        """Return (B, N, C) patch embeddings with positions of (B, 3, H, W) pixels."""
+        x = self.patches((images.float() - self.pixel_mean) / self.pixel_std)
+        H, W = (pixels // self.config.patch_size for pixels in images.shape[-2:])
         if H == W == self.grid:
             return self.position(x)
         table = self.position.positions.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, C, grid, grid)
-        if x.device.type == "mps":  # which lacks the backward pass of this interpolation
-            table = table.cpu()
-        table = F.interpolate(table, (H, W), mode="bicubic", antialias=True).to(x.device)
+        table = F.interpolate(table, (H, W), mode="bicubic", antialias=True)
         return x + table.flatten(2).transpose(1, 2)  # (1, C, H, W) -> (1, N, C)
 
-    def features(self, images, layouts=None):
-        """(B, 3, H, W) pixels -> (B, N, C): one vector per patch, row by row, of n_features channels; in training with
-        patch_dropout those of some patches, in any order. Of tiles, (M, T,
-        3, H, W) with their layouts (M,), numbers in LAYOUTS: (M, T * N, C), zeros in the tiles that a layout lacks."""
-        c, tiled = self.config, images.dim() == 5
-        H, W = (pixels // c.patch_size for pixels in images.shape[-2:])
-        pixels = images.flatten(0, -4)  # (M * T, 3, H, W)
-        x = self._add_positions(self.patches((pixels.float() - self.pixel_mean) / self.pixel_std), H, W)
-        if self.class_token is not None:  # it has its position in it
-            x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
-        if tiled:
-            x = self.tiles_before(x.unflatten(0, images.shape[:2]), layouts).flatten(0, 1)
-        if self.training and c.patch_dropout:  # faster, and harder to memorise (FLIP, Li et al. 2023)
-            n = x.size(1) - int(c.patch_dropout * x.size(1))
-            kept = torch.rand(x.shape[:2], device=x.device).argsort(dim=1)[:, :n, None]  # (B, n, 1)
-            x = x.gather(1, kept.expand(-1, -1, x.size(2)))
-        x = self.encoder(self.drop(self.pre_norm(x)), keep=c.keep)[:, c.class_token:]  # each tile by itself
-        if not tiled:
-            return x
-        (M, T), N = images.shape[:2], x.size(1)
-        x, kept = x.view(M, T * N, c.n_features).split((c.n_embd, c.n_features - c.n_embd), dim=-1)
-        x = self.tiles_after(x.view(M, T, N, c.n_embd), layouts).flatten(1, 2)  # (M, T * N, C)
-        n_tiles = torch.tensor([rows * columns for rows, columns in LAYOUTS], device=x.device)[layouts]  # (M,)
-        seen = torch.arange(T * N, device=x.device) < N * n_tiles[:, None]  # (M, T * N)
-        for block in self.across:
-            x = block(x, seen[:, None, None])
-        return torch.cat((x, kept), dim=-1) * seen[:, :, None]
+    def features(self, images):
+        """Return (B, N, C) features of (B, 3, H, W) pixels: one vector per patch, row by row.
+
+        In training with patch_dropout, those of a random part of the patches: faster, and harder to memorise (FLIP, Li
+        et al. 2023).
+        """
+        x = self.embed_patches(images)
+        if self.training and self.config.patch_dropout:
+            B, N, C = x.shape
+            n_kept = N - int(self.config.patch_dropout * N)
+            kept = torch.rand(B, N, device=x.device).argsort(dim=1)[:, :n_kept, None]  # (B, n_kept, 1)
+            x = x.gather(1, kept.expand(-1, -1, C))
+        return self.encoder(self.drop(x))
+
+    def pooled(self, images):
+        """Return (B, C), one vector per image."""
+        return self.pool(self.features(images))
 
     def forward(self, images, labels=None):
-        """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels). labels: (B,) classes, -1 =
-        ignored, or (B, n_classes) probabilities."""
-        logits = self.head(self.pool(self.features(images)))
+        """(B, 3, H, W) pixels, labels -> (B, n_classes) logits, loss (None without labels).
+
+        labels: (B,) classes, -1 = ignored.
+        """
+        logits = self.head(self.pooled(images))
         if labels is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX,
-                                       label_smoothing=self.config.label_smoothing if self.training else 0.0)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, label_smoothing=smoothing)
+        return logits, loss
 
 
 # 7. language ---------------------------------------------------------------------------------------------------------
@@ -867,135 +744,120 @@ class GPTConfig:
     dropout: float = 0.0
     activation: str = "gelu"
     norm: str = "rms"
-    positions: str = "rotary"  # "learned", "sinusoidal"
-    yarn: float = 1.0  # factor by which a context of trained_len is stretched; see RotaryEmbedding
-    trained_len: int = 0  # 0: block_size
-    n_experts: int = 0  # feed-forward layers in each block; see MixtureOfExperts
-    experts_per_token: int = 2  # how many of them a token passes through
-    balance_weight: float = 0.01  # of their load-balancing loss, in training
+    positions: str = "rotary"  # or "learned", as GPT-2 has
     bias: bool = False
-    tie_weights: bool = True  # the output layer is the token embedding, transposed
-    cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none
-    gated: bool = True  # through gates that start at 0: a trained GPT stays what it was, and a new one learns slower
+    cross_every: int = 0  # every so many-th block attends to a memory, such as image tokens; 0: none does
+    gated: bool = True  # through gates that start at 0, which leave a trained GPT as it was
+    # options, see section 9
+    n_experts: int = 0  # above 0: MixtureOfExperts
+    experts_per_token: int = 2
 
 
-def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, vocab_size) logits -> (B,) ids. temperature 0: the likeliest token. top_k: only the k likeliest tokens.
-    top_p: only the fewest tokens that together have that probability (nucleus sampling, Holtzman et al. 2020)."""
+def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Return (B,) ids drawn from (B, vocab_size) logits. temperature 0: the likeliest. top_k, top_p: see keep_likely().
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k and top_k > 0:
-        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p and top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)  # of the likelier tokens together
-        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -math.inf)
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # one random number a row; torch.multinomial draws one a token
-    drawn = torch.rand(len(logits), 1, device=logits.device, generator=generator) * (1 - 1e-6) * cumulative[:, -1:]
+    logits = keep_likely(logits.float() / temperature, top_k, top_p)
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # needs one random number per row, torch.multinomial one per id
+    random = torch.rand(len(logits), 1, device=logits.device, generator=generator)
+    drawn = random * (1 - 1e-6) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)  # the first that is greater
 
 
 class GPT(nn.Module):
-    """A decoder-only language model (Radford et al. 2018, 2019)."""
+    """A decoder-only language model (Radford et al. 2018, 2019). The output layer shares its weights with the
+    embedding."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.embedding = nn.Embedding(c.vocab_size, c.n_embd)
-        if c.n_embd % c.n_head:
-            raise SettingError(f"n_embd={c.n_embd} is not a multiple of n_head={c.n_head}")
-        added = choose({"rotary": None, "learned": LearnedPositionalEncoding,
-                        "sinusoidal": SinusoidalPositionalEncoding}, positions=c.positions)
-        self.position = added(c.n_embd, c.block_size) if added else None
-        if added and c.yarn != 1.0:
-            raise SettingError(f"yarn={c.yarn} stretches rotary positions, and these are {c.positions}")
-        rotary = None if added else RotaryEmbedding(c.n_embd // c.n_head, c.block_size, 10000.0, c.yarn, c.trained_len)
+        self.position = rotary = None
+        if c.positions == "learned":
+            self.position = LearnedPositionalEncoding(c.n_embd, c.block_size)
+        else:
+            rotary = RotaryEmbedding(c.n_embd // c.n_head, c.block_size)
         self.drop = Dropout(c.dropout)
-        self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, activation=c.activation,
-                                          dropout=c.dropout, bias=c.bias, rotary=rotary, gated=c.gated,
-                                          n_experts=c.n_experts, experts_per_token=c.experts_per_token)
-        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        if c.tie_weights:
-            self.head.weight = self.embedding.weight
+        self.decoder = TransformerDecoder(c.n_layer, c.n_embd, c.n_head, c.norm, c.cross_every, gated=c.gated,
+                                          activation=c.activation, dropout=c.dropout, bias=c.bias, rotary=rotary)
+        if c.n_experts:
+            use_experts(self)
+        self.head = OutputLayer(c.n_embd, c.vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
         init_weights(self)
 
     def hidden(self, x, caches=None, memory=None, memory_mask=None, mask=None, positions=None):
-        """(B, T, C) embeddings -> (B, T, C), ready for self.head. caches: of self.decoder.new_caches(); memory: (B, Tm,
-        C), or fewer rows, see DecoderBlock: what the blocks with cross-attention attend to, where memory_mask (B, 1, T,
-        Tm) allows it. mask (B, 1, T,
-        T), in addition to the causal one, and positions (B, T) serve several texts in one row; see MLLM."""
-        start = caches[0][0].length if caches else 0
-        last = start + x.size(1) if positions is None else int(positions.max()) + 1
-        if last > self.config.block_size:
-            raise ValueError(f"{last} positions do not fit block_size={self.config.block_size}")
+        """(B, T, C) embeddings -> (B, T, C), ready for self.head.
+
+        caches: from decoder.new_caches(). memory: (B, Tm, C) for blocks with cross-attention, where memory_mask (B, 1,
+        T, Tm) allows it; it may have fewer rows, see DecoderBlock. mask: (B, 1, T, T), in addition to the causal one,
+        and positions: (B, T), for several texts in one row, see MLLM.
+        """
+        if positions is None:
+            start = caches[0][0].length if caches else 0
+            end = start + x.size(1)
+            assert end <= self.config.block_size, f"{end} positions do not fit block_size={self.config.block_size}"
+            positions = torch.arange(start, end, device=x.device)
         if self.position is not None:
-            x = self.position(x, start if positions is None else positions)
+            x = self.position(x, positions)
         return self.decoder(self.drop(x), memory, mask, memory_mask, caches, positions)
 
-    def balance_loss(self):
-        """What the experts of the last pass add to the loss in training: the mean over blocks; 0 without experts."""
-        experts = [block.ff for block in self.decoder.blocks] if self.config.n_experts and self.training else []
-        return self.config.balance_weight * sum(each.balance for each in experts) / max(1, len(experts))
-
-    def expert_loads(self):
-        """The load of expert j of block i in the last forward pass of training: {"load_i_j": share}, for a log."""
-        blocks = self.decoder.blocks if self.config.n_experts else []
-        return {f"load_{i}_{j}": share for i, block in enumerate(blocks) if block.ff.load is not None
-                for j, share in enumerate(block.ff.load.tolist())}
-
-    def logits_where(self, x, targets):
-        """(B, T, C) of hidden(), (B, T) targets -> (n, vocab_size) logits where there is a target, and these n places
-        in targets.flatten()."""
+    def target_logits(self, x, targets):
+        """Return the logits only where there is a target: (n, vocab_size) of (B, T, C) from hidden(), and their n
+        indices in targets.flatten(), (B, T)."""
         where = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a product anew for each new size
+        padded = F.pad(where, (0, -len(where) % 256))  # CPUs prepare a matrix product anew for every new size
         return self.head(x.flatten(0, 1)[padded])[:len(where)].float(), where
 
     def forward(self, ids, targets=None):
-        """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)"""
+        """(B, T) ids, (B, T) targets (-1 = ignored) -> (B, T, vocab_size) logits, loss (None without targets)."""
         logits = self.head(self.hidden(self.embedding(ids)))
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
-        return logits, loss + self.balance_loss()
+        return logits, loss + balance_loss(self)
 
-    def _read_prompt(self, ids, copies, embeddings, memory, memory_mask):
-        """Reads each prompt once, for a number of copies of it to continue. Returns the logits (B * copies,
-        vocab_size), caches of so many rows, and the memory's mask of the last position, which holds for what follows.
+    def read_prompt(self, x, copies, memory=None, memory_mask=None):
+        """Read the embeddings (B, T, C) of each prompt once, for several continuations of it.
+
+        memory, memory_mask: see hidden(). Returns the logits of the next token (B * copies, vocab_size), caches with as
+        many rows, and the mask of the memory for new tokens, which see what the last token of the prompt sees.
         """
         caches = self.decoder.new_caches(self.config.block_size, 0 if memory is None else memory.size(1))
-        x = self.embedding(ids) if embeddings is None else embeddings
         logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
-        rows = torch.arange(ids.size(0), device=ids.device).repeat_interleave(copies)
-        for cache, _ in caches:  # the copies share the memory
-            cache.select(rows)
-        return logits[rows], caches, None if memory_mask is None else memory_mask[:, :, -1:]
+        rows = torch.arange(len(x), device=x.device).repeat_interleave(copies)
+        for self_cache, _ in caches:  # the copies share the memory
+            self_cache.select(rows)
+        last_mask = None if memory_mask is None else memory_mask[:, :, -1:]
+        return logits[rows], caches, last_mask
 
     @torch.no_grad()
-    def stream(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None,
-               num_samples=1, embeddings=None, memory=None, memory_mask=None):
-        """Yields the next ids, (B * num_samples,), one position at a time; takes what generate() takes.
-        num_samples: continuations of each prompt, which is read once for all of them. embeddings: (B, T, C), to read
-        instead of those of ids. memory, memory_mask: see hidden(); new tokens see what the last of the prompt sees.
-        The cache serves as long as the text fits block_size. Then the newer half of it is read again from an empty
-        cache, so that the cost of a token stays bounded; the model forgets what came before that half."""
+    def stream(self, ids, max_new_tokens, eos_id=None, num_samples=1, embedded=None, **sampling):
+        """Yield the next ids (B * num_samples,), one position at a time: num_samples continuations of each prompt ids
+        (B, T). Rows are filled with eos_id after their end; the generator ends when all have ended.
+
+        embedded: the prompts' embeddings, memory and its mask, as of MLLM.embed(). sampling: further arguments of
+        sample_next(). When the cache is full, the newer half of block_size is read again into an empty one, which
+        bounds the cost of a token; the model forgets what came before.
+        """
         block_size = self.config.block_size
         columns = list(ids.repeat_interleave(num_samples, dim=0).unbind(dim=1))
-        ended = torch.zeros(len(ids) * num_samples, dtype=torch.bool, device=ids.device)
+        ended = torch.zeros(len(columns[0]), dtype=torch.bool, device=ids.device)
+        x, memory, memory_mask = embedded or (self.embedding(ids[:, -block_size:]), None, None)
         with evaluating(self):
             for i in range(max_new_tokens):
                 if i == 0:
-                    logits, caches, memory_mask = self._read_prompt(ids[:, -block_size:], num_samples, embeddings,
-                                                                    memory, memory_mask)
+                    logits, caches, memory_mask = self.read_prompt(x, num_samples, memory, memory_mask)
                 else:
-                    x = columns[-1][:, None]  # (B, 1)
+                    new = columns[-1:]
                     if caches[0][0].length == block_size:
-                        x = torch.stack(columns[-max(1, block_size // 2):], dim=1)  # (B, T / 2)
-                        for cache, _ in caches:  # that of the memory stays
-                            cache.length = 0
-                    logits = self.head(self.hidden(self.embedding(x), caches, memory, memory_mask)[:, -1])
-                token = sample_next(logits, temperature, top_k, top_p, generator)
+                        new = columns[-max(1, block_size // 2):]
+                        for self_cache, _ in caches:
+                            self_cache.length = 0
+                    x = self.embedding(torch.stack(new, dim=1))
+                    logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
+                token = sample_next(logits, **sampling)
                 if eos_id is not None:
                     token = token.masked_fill(ended, eos_id)
                     ended |= token == eos_id
@@ -1004,46 +866,11 @@ class GPT(nn.Module):
                     return
                 columns.append(token)
 
-    def generate(self, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos_id=None, generator=None):
-        """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: prompt and continuation. temperature 0 is greedy. With
-        eos_id a row ends at its first eos_id and is filled with it; generation stops when every row has ended."""
-        tokens = list(self.stream(ids, max_new_tokens, temperature, top_k, top_p, eos_id, generator))
-        return torch.cat((ids, torch.stack(tokens, dim=1)), dim=1) if tokens else ids
-
-    @torch.no_grad()
-    def beam_search(self, ids, max_new_tokens, beams, eos_id, length_penalty=1.0, embeddings=None, memory=None,
-                    memory_mask=None):
-        """The best continuations of ids (B, T) that a beam search finds: (B, beams, n) ids, n <= max_new_tokens, best
-        first and filled with eos_id after their end, and their (B, beams) scores.
-
-        The score is log p / length ** length_penalty, the end counted in the length (0: log p itself, which prefers
-        short texts). At each position the best continuations are kept, ended ones among them, as many as there are
-        beams. The search stops when all that are kept have ended. embeddings, memory, memory_mask: as in stream()."""
-        B, device = ids.size(0), ids.device
-        first = torch.arange(B, device=device)[:, None] * beams  # (B, 1), the row of each prompt's first beam
-        total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam, the others wait
-        total[:, 0] = 0.0
-        length, ended = torch.zeros_like(total, dtype=torch.long), torch.zeros_like(total, dtype=torch.bool)
-        tokens, scores = ids.new_empty(B, beams, 0), total
-        with evaluating(self):
-            while tokens.size(2) < max_new_tokens and not ended.all():
-                if tokens.size(2) == 0:
-                    logits, caches, memory_mask = self._read_prompt(ids, beams, embeddings, memory, memory_mask)
-                else:
-                    x = self.embedding(token.view(-1, 1))  # (B * beams, 1, C)
-                    logits = self.head(self.hidden(x, caches, memory, memory_mask)[:, -1])
-                log_p = logits.float().log_softmax(dim=-1).view(B, beams, -1).masked_fill(ended[:, :, None], -math.inf)
-                log_p[:, :, eos_id] = log_p[:, :, eos_id].masked_fill(ended, 0.0)  # what has ended stays as it is
-                candidates = total[:, :, None] + log_p  # (B, beams, vocab_size)
-                lengths = length + ~ended
-                scores, best = (candidates / (lengths[:, :, None] ** length_penalty)).flatten(1).topk(beams)
-                beam, token = best // log_p.size(2), best % log_p.size(2)  # (B, beams)
-                total, length = candidates.flatten(1).gather(1, best), lengths.gather(1, beam)
-                ended = ended.gather(1, beam) | (token == eos_id)
-                tokens = torch.cat((tokens.gather(1, beam[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2)
-                for cache, _ in caches:  # all beams of a prompt share the memory
-                    cache.select((first + beam).flatten())
-        return tokens, scores
+    def generate(self, ids, max_new_tokens, **options):
+        """(B, T) ids -> (B, T + n) ids, n <= max_new_tokens: the prompt and its continuation. options: see stream(), such
+        as temperature=0.0 (greedy), top_k, eos_id, generator."""
+        tokens = self.stream(ids, max_new_tokens, **options)
+        return torch.cat((ids, *(token[:, None] for token in tokens)), dim=1)
 
 
 # 8. multimodal -------------------------------------------------------------------------------------------------------
@@ -1051,13 +878,15 @@ class GPT(nn.Module):
 class LinearConnector(nn.Module):
     """Vision to language channels by one matrix (LLaVA, Liu et al. 2023): (B, N, n_vision) -> (B, N, n_language)."""
 
+    needs_grid = False  # whether it takes all patches of an image, in order
+
     def __init__(self, n_vision, n_language):
         super().__init__()
-        self.up = nn.Linear(n_vision, n_language)
+        self.up = Linear(n_vision, n_language)
 
     @staticmethod
     def n_tokens(side):
-        """How many image tokens side x side patches become."""
+        """Return how many image tokens side x side patches become."""
         return side * side
 
     def forward(self, x):
@@ -1065,41 +894,17 @@ class LinearConnector(nn.Module):
 
 
 class MLPConnector(LinearConnector):
-    """The same by two layers (LLaVA-1.5, Liu et al. 2024): (B, N, n_vision) -> (B, N, n_language)."""
+    """The same by two layers (LLaVA-1.5, Liu et al. 2024)."""
 
     def __init__(self, n_vision, n_language):
         super().__init__(n_vision, n_language)
-        self.down = nn.Linear(n_language, n_language)
+        self.down = Linear(n_language, n_language)
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
 
 
-class PixelShuffleConnector(nn.Module):
-    """2x2 neighbouring patches become one token of four times the channels, then two layers (InternVL 1.5, Chen et al.
-    2024): a quarter of the image tokens, which are most of what the GPT reads for a short caption."""
-
-    def __init__(self, n_vision, n_language):
-        super().__init__()
-        self.mlp = MLPConnector(4 * n_vision, n_language)
-
-    @staticmethod
-    def n_tokens(side):
-        if side % 2:
-            raise SettingError(f"{side * side} patches are no square grid of even side, to be folded 2x2")
-        return (side // 2) ** 2
-
-    def forward(self, x):
-        """(B, N, n_vision), a square grid of even side -> (B, N / 4, n_language)"""
-        B, N, C = x.shape
-        half = math.isqrt(self.n_tokens(math.isqrt(N)))
-        if (2 * half) ** 2 != N:
-            raise SettingError(f"{N} patches are no square grid")
-        x = x.view(B, half, 2, half, 2, C).transpose(2, 3)  # (B, half, half, 2, 2, C)
-        return self.mlp(x.reshape(B, half * half, 4 * C))
-
-
-CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector, "pixel_shuffle": PixelShuffleConnector}
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}  # and pixel_shuffle, see section 9
 
 
 @dataclass
@@ -1107,257 +912,229 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     gpt: GPTConfig = field(default_factory=GPTConfig)  # cross_every > 0: image tokens are attended, not inserted
     connector: str = "mlp"  # or linear, pixel_shuffle
-    max_images: int = 1  # that may stand side by side; above 1 each is told its place, and what differs from the last
+    max_images: int = 1  # that are adjacent in a prompt; above 1 see ImageComparison
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
 
-    def __post_init__(self):
-        choose(CONNECTORS, connector=self.connector)
-        if self.vit.max_tiles > 1 and not self.gpt.cross_every:
-            raise SettingError("tiles are attended: max_tiles above 1 takes cross-attention, fusion=cross")
-        if self.vit.patch_dropout and (self.connector == "pixel_shuffle" or not self.gpt.cross_every):
-            raise SettingError("patch_dropout takes fusion=cross and a connector that takes each patch by itself")
-
     @classmethod
     def from_dict(cls, d):
-        return cls(**{**d, "vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])})  # d: dataclasses.asdict(config)
+        """Return the config of dataclasses.asdict(config)."""
+        return cls(**(d | {"vit": ViTConfig(**d["vit"]), "gpt": GPTConfig(**d["gpt"])}))
 
     def n_image_tokens(self, image_size):
-        """How many tokens an image of image_size x image_size pixels becomes; SettingError if patches do not fit it."""
-        if image_size % self.vit.patch_size:
-            raise SettingError(f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
-        return self.vit.max_tiles * CONNECTORS[self.connector].n_tokens(image_size // self.vit.patch_size)
+        """Return how many tokens an image of image_size x image_size pixels becomes."""
+        assert image_size % self.vit.patch_size == 0, (
+            f"image_size={image_size} is not a multiple of patch_size={self.vit.patch_size}")
+        side = image_size // self.vit.patch_size
+        return self.vit.max_tiles * CONNECTORS[self.connector].n_tokens(side)
 
     def n_placeholders(self, image_size):
-        """How many ids stand for an image: one per image token, or a single marker with cross-attention."""
-        n_image_tokens = self.n_image_tokens(image_size)  # with cross-attention too, for its error
-        return 1 if self.gpt.cross_every else n_image_tokens
+        """Return how many ids represent an image: one per image token, or a single marker with cross-attention."""
+        return 1 if self.gpt.cross_every else self.n_image_tokens(image_size)
 
 
 class MLLM(nn.Module):
     """ViT -> connector -> GPT.
 
-    The ids (B, T) hold placeholders, IMAGE_ID, where images stand; all images of all rows are given in that order. A
+    Token ids (B, T) hold placeholders, IMAGE_ID, where images belong; the images of all rows are given in that order. A
     row may have any number of images; without any, the model is the GPT alone. Two fusions:
     - prefix: each placeholder is replaced by one image token, which the GPT reads like a word (LLaVA, Liu et al. 2023).
-    - cross (config.gpt.cross_every > 0): one placeholder, a marker, stands for a whole image. Its embedding is the same
-      for all images; the image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022). A
-      word attends to the images that stand last before it; images that stand side by side count together.
-    Of images that stand side by side each is told its place, and at each of its tokens what differs from the image
-    before it (as between the frames of a video, Wang et al. 2021): to compare images is hard to learn otherwise.
-    images: (M, 3, H, W) pixels; or (M, N, n_embd) image tokens from encode(), as tiles always are.
-    Several texts about the same images may stand in one row, after the images, which are read once: segments (B, T) is
-    0 for the images, 1 for the first text, 2 for the second, ..., -1 for padding; a text sees the images and itself."""
+    - cross (config.gpt.cross_every > 0): one placeholder, a marker, represents a whole image. The image tokens are a
+      memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022).
+
+    images: (M, 3, H, W) pixels, or their (M, N, C) image tokens from encode(), to reuse these.
+
+    Several samples about the same images may share a row, after the images: segments (B, T) is 0 for the images, 1 for
+    the first sample, 2 for the second, ..., -1 for padding. A sample sees the images and itself.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.vit, self.gpt = ViT(config.vit), GPT(config.gpt)
-        self.connector = CONNECTORS[config.connector](config.vit.n_features, config.gpt.n_embd)
-        cross, n_embd = config.gpt.cross_every > 0, config.gpt.n_embd
-        self.marker = nn.Embedding(1, n_embd) if cross else None
-        self.order = nn.Embedding(config.max_images, n_embd) if config.max_images > 1 else None
-        self.change = nn.Linear(n_embd, n_embd, bias=False) if config.max_images > 1 else None
-        init_weights(nn.ModuleList([self.connector, self.marker, self.order, self.change]))
-        self.vit.pool, self.vit.head = nn.Identity(), nn.Identity()  # patch features are needed here, not classes
+        self.config = c = config
+        assert c.connector in CONNECTORS, f"connector={c.connector}: {', '.join(CONNECTORS)}"
+        assert not c.vit.patch_dropout or c.gpt.cross_every and not CONNECTORS[c.connector].needs_grid, (
+            "patch_dropout needs fusion=cross and a connector that does not need all patches")
+        self.vit = make_vit(c.vit)
+        self.vit.pool = self.vit.head = nn.Identity()  # features of patches are needed here, not classes
+        self.connector = CONNECTORS[c.connector](self.vit.n_features, c.gpt.n_embd)
+        self.compare = ImageComparison(c.max_images, c.gpt.n_embd) if c.max_images > 1 else None
+        self.marker = nn.Embedding(1, c.gpt.n_embd) if c.gpt.cross_every else None
+        init_weights(self)
+        self.gpt = GPT(c.gpt)
 
-    def encode(self, images, layouts=None):
-        """(M, 3, H, W) pixels, or (M, T, 3, H, W) tiles with their layouts, or (M, N, n_features) features of the ViT
-        -> (M, N, n_embd of the GPT) image tokens; zeros where a layout has no tile."""
-        T = self.config.vit.max_tiles
-        if images.dim() != (5 if T > 1 else 4) and images.dim() != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)} for a model of max_tiles={T}")
-        features = images if images.dim() == 3 else self.vit.features(images, layouts)
-        if T == 1:
-            return self.connector(features)
-        tiles = features.unflatten(1, (T, -1))  # (M, T, N, n_features)
-        tokens = self.connector(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # (M, T, N, C)
-        return (tokens * tiles.any(dim=(2, 3))[:, :, None, None]).flatten(1, 2)
+    def encode(self, images):
+        """Return (M, N, C) image tokens of (M, 3, H, W) pixels; C are the channels of the GPT."""
+        return self.connect(self.vit.features(images))
 
-    def embed(self, images, ids, copies=1):
-        """ids (B, T) -> x (B, T, C), the embeddings of words and images; and the memory of GPT.hidden() and its mask.
-        Without cross-attention both are None. With it the memory is (B, Tm, C), Tm the image tokens of the row with the
-        most images; the mask (B, 1, T, Tm) is None where every position may attend to everything. copies: so many rows
-        in turn have the same placeholders, their images are given once, and memory and mask have B / copies rows."""
+    def connect(self, features):
+        """Return (M, N, C) image tokens of the features of the ViT."""
+        return self.connector(features)
+
+    def tokens_of(self, images):
+        is_tokens = torch.is_tensor(images) and images.dim() == 3
+        return images if is_tokens else self.encode(images)
+
+    def embed(self, tokens, ids):
+        """Return the embeddings (B, T, C) of ids (B, T) and image tokens (M, N, C); and the memory and its mask for
+        GPT.hidden(), which are None without cross-attention."""
         is_image = ids == IMAGE_ID  # (B, T)
-        if copies > 1:
-            first, memory, memory_mask = self.embed(images, ids[::copies])
-            words = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
-            first = first.repeat_interleave(copies, dim=0)
-            return torch.where(is_image[:, :, None], first, words), memory, memory_mask
-        tokens = images if images.dim() == 3 else self.encode(images)  # (M, N, C)
-        M, N, C = tokens.shape
-        if is_image.sum() != (M if self.config.gpt.cross_every else M * N):
-            raise ValueError(f"{is_image.sum()} placeholders for {M} images of {N} tokens each")
+        n_expected = len(tokens) * (1 if self.marker is not None else tokens.size(1))
+        n_placeholders = is_image.sum()
+        assert n_placeholders == n_expected, f"{n_placeholders} placeholders; the images need {n_expected}"
         x = self.gpt.embedding(ids.masked_fill(is_image, 0))  # (B, T, C)
-        if M == 0:
+        if len(tokens) == 0:
             return x, None, None
-        n = is_image.sum() // M  # placeholders of an image
-        there = tokens.any(dim=-1) | (self.config.vit.max_tiles == 1)  # (M, N), False where a layout lacks a tile
-        so_far = is_image.cumsum(dim=1)  # (B, T), how many placeholders stand up to here
-        starts = is_image & ~F.pad(is_image, (1, -1))  # a placeholder without one right before it: the first of a group
-        first = torch.where(starts, so_far - 1, 0).cummax(dim=1).values  # (B, T), the first one of the last group
-        if self.order is not None:  # without it, attended images that stand side by side are a set
-            places = (so_far - 1 - first)[is_image][::n] // n  # (M,)
-            if places.max() >= self.config.max_images:
-                raise SettingError(f"{places.max() + 1} images side by side, and max_images={self.config.max_images}")
-            change = (tokens - tokens.roll(1, dims=0)) * (places > 0)[:, None, None]  # since the image before it
-            tokens = tokens + self.order(places)[:, None] + self.change(change)  # (M, N, C)
+        if self.compare is not None:
+            tokens = self.compare(tokens, is_image)
         if self.marker is None:
-            return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype)), None, None
+            return self.embed_prefix(x, tokens, is_image), None, None
+        return self.embed_cross(x, tokens, is_image)
+
+    def embed_prefix(self, x, tokens, is_image):
+        """Put image tokens in the places of their placeholders.
+
+        For example, with two images of two tokens, a1 a2 and b1 b2:
+
+            ids      IMG IMG the dog IMG IMG a   cat
+            becomes  a1  a2  the dog b1  b2  a   cat
+        """
+        return x.masked_scatter(is_image[:, :, None], tokens.to(x.dtype))
+
+    def embed_cross(self, x, tokens, is_image):
+        """Put the marker in the places of the placeholders, and all image tokens of a row into its memory.
+
+        Each token attends to the most recent group of adjacent images. For example, with images a, b and c:
+
+            ids      IMG IMG the dog IMG a   cat .
+            sees     a   ab  ab  ab  c   c   c   c
+            first    0   0   0   0   2   2   2   2     the first image of the most recent group
+            n_so_far 1   2   2   2   3   3   3   3     images up to here
+        """
+        B = len(x)
+        M, N, C = tokens.shape
         x = torch.where(is_image[:, :, None], self.marker.weight, x)
-        K = int(so_far[:, -1].max())  # the most images of a row
-        memory, seen = tokens.new_zeros(len(ids), K, N, C), is_image.new_zeros(len(ids), K, N)
-        where = is_image.nonzero()[:, 0], so_far[is_image] - 1  # row by row, in order
-        memory[where], seen[where] = tokens, there
+        n_so_far, first = group_images(is_image)  # (B, T)
+        K = int(n_so_far[:, -1].max())  # images in the row with the most
+        row, _ = is_image.nonzero(as_tuple=True)  # (M,), of each image
+        memory = tokens.new_zeros(B, K, N, C)
+        memory[row, n_so_far[is_image] - 1] = tokens
         image = torch.arange(K, device=tokens.device)
-        mask = (first[:, :, None] <= image) & (image < so_far[:, :, None])  # (B, T, K)
-        mask = (mask[:, :, :, None] & seen[:, None]).flatten(2)  # (B, T, K * N)
-        return x, memory.flatten(1, 2), None if mask.all() else mask[:, None]
-
-    def hidden(self, images, ids, segments=None):
-        """What the GPT's head takes, (B, T, C). Texts that share images in a row do not see each other, and the
-        positions of each begin right after the images."""
-        x, memory, memory_mask = self.embed(images, ids)
-        mask = positions = None
-        if segments is not None:
-            same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
-            mask = (same | (segments == 0)[:, None, :])[:, None]
-            before = same.tril(-1).sum(dim=2)  # (B, T), tokens of the same text, or of the images, that stand before
-            images_end = (segments == 0).sum(dim=1, keepdim=True)  # (B, 1)
-            positions = before * (segments >= 0) + images_end * (segments > 0)  # (B, T), 0 for padding
-        return self.gpt.hidden(x, None, memory, memory_mask, mask, positions)
-
-    def caption_prompt(self, tokens):
-        """(B, N, C) image tokens -> (B, T) ids that ask for a caption of each image: its placeholders, then bos."""
-        B, N, _ = tokens.shape
-        ids = torch.full((B, (1 if self.config.gpt.cross_every else N) + 1), IMAGE_ID, device=tokens.device)
-        ids[:, -1] = self.config.bos_id
-        return ids
+        mask = (first[:, :, None] <= image) & (image < n_so_far[:, :, None])  # (B, T, K)
+        mask = None if mask.all() else mask.repeat_interleave(N, dim=2)[:, None]  # (B, 1, T, K * N)
+        return x, memory.flatten(1, 2), mask
 
     def forward(self, images, ids, targets=None, label_smoothing=0.0, segments=None):
-        """(B, T) ids -> (B, T, vocab_size) logits and None. With targets (B, T), -1 = ignored: None and the loss, since
-        the output layer then runs only where there is a target."""
-        x = self.hidden(images, ids, segments)
+        """(B, T) ids -> (B, T, vocab_size) logits, None.
+
+        With targets (B, T), -1 = ignored: None, loss. The output layer then runs only where there is a target.
+        """
+        x, memory, memory_mask = self.embed(self.tokens_of(images), ids)
+        mask = positions = None
+        if segments is not None:
+            mask, positions = separate_samples(segments)
+        x = self.gpt.hidden(x, None, memory, memory_mask, mask, positions)
         if targets is None:
             return self.gpt.head(x), None
-        logits, where = self.gpt.logits_where(x, targets)
+        logits, where = self.gpt.target_logits(x, targets)
         loss = F.cross_entropy(logits, targets.flatten()[where], label_smoothing=label_smoothing)
-        return None, loss + self.gpt.balance_loss()
+        return None, loss + balance_loss(self)
 
-    def log_probs(self, images, ids, mask=None, copies=1, temperature=1.0):
-        """(B, T) ids -> (B, T): log p(ids[:, t] | images, ids[:, :t]); 0 at t = 0, placeholders and where not mask.
-        copies: how many rows in turn are about the same images, which are given once. p is the softmax of
-        logits / temperature."""
-        wanted = ids != IMAGE_ID if mask is None else mask & (ids != IMAGE_ID)
-        targets = ids.masked_fill(~wanted, IGNORE_INDEX)[:, 1:]  # (B, T - 1)
-        x, memory, memory_mask = self.embed(images, ids, copies)
-        memory_mask = None if memory_mask is None else memory_mask[:, :, :-1].repeat(1, 1, copies, 1)
-        logits, where = self.gpt.logits_where(self.gpt.hidden(x[:, :-1], None, memory, memory_mask), targets)
+    def log_probs(self, images, prompts, answers, mask=None, temperature=1.0):
+        """Return the (B * K, T) log-probabilities of the tokens of answers (B * K, T), K in turn to each of the prompts
+        (B, Tp), given what stands before them; 0 where mask (B * K, T) is False. Probabilities are the softmax of
+        logits / temperature. The images of each prompt are given once."""
+        x, memory, memory_mask = self.embed(self.tokens_of(images), prompts)
+        K = len(answers) // len(prompts)
+        written = self.gpt.embedding(answers[:, :-1])
+        x = torch.cat((x.repeat_interleave(K, dim=0), written), dim=1)  # (B * K, Tp + T - 1, C)
+        if memory_mask is not None:  # answers see what the last token of the prompt sees
+            seen = memory_mask[:, :, -1:].expand(-1, -1, written.size(1), -1)
+            memory_mask = torch.cat((memory_mask, seen), dim=2).repeat(1, 1, K, 1)
+        x = self.gpt.hidden(x, None, memory, memory_mask)[:, prompts.size(1) - 1:]  # (B * K, T, C)
+        targets = answers if mask is None else answers.masked_fill(~mask, IGNORE_INDEX)
+        logits, where = self.gpt.target_logits(x, targets)
         log_p = -F.cross_entropy(logits / temperature, targets.flatten()[where], reduction="none")  # (n,)
-        return F.pad(log_p.new_zeros(targets.numel()).index_copy(0, where, log_p).view_as(targets), (1, 0))
+        return log_p.new_zeros(targets.numel()).index_copy(0, where, log_p).view_as(targets)
 
     @torch.no_grad()
-    def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, top_k=None, top_p=None, generator=None,
-                 beams=1, length_penalty=1.0, num_captions=1):
-        """What the model writes after ids: (B * num_captions, T) new ids, prompt by prompt, each row filled with eos_id
-        after its end. ids: (B, T) prompts with placeholders; None asks for a caption of each image. Greedy unless
-        temperature > 0 (samples) or beams > 1 (the best num_captions of them, best first; see GPT.beam_search())."""
-        if num_captions > 1 and not temperature and beams < num_captions:
-            raise ValueError(f"num_captions={num_captions} needs as many beams, or samples (temperature above 0)")
+    def generate(self, images, ids=None, max_new_tokens=32, temperature=0.0, beams=1, length_penalty=1.0,
+                 num_captions=1, **sampling):
+        """Return what the model writes after the prompts ids (B, T): (B * num_captions, n) new ids, prompt by prompt,
+        each row filled with eos after its end. Without ids, each image is captioned.
+
+        Greedy, unless temperature > 0 (samples; sampling: see sample_next()) or beams > 1 (the best num_captions texts,
+        see beam_search()).
+        """
         c = self.config
+        assert temperature or num_captions <= beams, f"{num_captions} captions need as many beams, or temperature > 0"
         with evaluating(self):
-            tokens = images if images.dim() == 3 else self.encode(images)
-            ids = self.caption_prompt(tokens) if ids is None else ids
-            room = c.gpt.block_size - ids.size(1) + 1  # the last token is not read again
-            if room < 1:
-                raise SettingError(f"{ids.size(1)} positions leave no room in block_size={c.gpt.block_size}")
+            tokens = self.tokens_of(images)
+            if ids is None:
+                n_placeholders = tokens.size(1) if self.marker is None else 1
+                ids = torch.full((len(tokens), n_placeholders + 1), IMAGE_ID, device=tokens.device)
+                ids[:, -1] = c.bos_id
+            room = c.gpt.block_size - ids.size(1) + 1  # the last new token is not read
+            assert room > 0, f"a prompt of {ids.size(1)} tokens leaves no room for an answer in {c.gpt.block_size}"
             n = min(max_new_tokens, room)
-            read = dict(zip(("embeddings", "memory", "memory_mask"), self.embed(tokens, ids)))
+            embedded = self.embed(tokens, ids)
             if beams > 1 and not temperature:
-                written, _ = self.gpt.beam_search(ids, n, beams, c.eos_id, length_penalty, **read)
-                return written[:, :num_captions].flatten(0, 1)
-            new = list(self.gpt.stream(ids, n, temperature, top_k, top_p, c.eos_id, generator, num_captions, **read))
-        return torch.stack(new, dim=1) if new else ids[:, :0]
-
-    @torch.no_grad()
-    def attention_to_images(self, images, ids):
-        """How much the model attends to each part of the images when it writes the token after each of ids (B, T).
-        images: (B * k, 3, H, W), k per row. Returns (B, T, k * N), the mean over layers and heads, of sum 1."""
-        blocks = self.gpt.decoder.blocks
-        layers = [b.cross_attn for b in blocks if b.cross_attn is not None] or [b.attn for b in blocks]
-        try:
-            for attn in layers:
-                attn.keep_weights = True
-            with evaluating(self):
-                self.hidden(images, ids)
-            seen = torch.stack([attn.attn_weights.float().mean(dim=1) for attn in layers]).mean(dim=0)  # (B, T, Tk)
-            if not self.config.gpt.cross_every:
-                B, T, is_image = *ids.shape, ids == IMAGE_ID
-                seen = seen.transpose(1, 2)[is_image].view(B, is_image[0].sum(), T).transpose(1, 2)  # placeholders
-        finally:
-            for attn in layers:
-                attn.keep_weights, attn.attn_weights = False, None
-        return seen / seen.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+                texts, _ = beam_search(self.gpt, embedded, n, beams, c.eos_id, length_penalty)
+                return texts[:, :num_captions].flatten(0, 1)
+            new = self.gpt.stream(ids, n, c.eos_id, num_captions, embedded, temperature=temperature, **sampling)
+            return torch.stack(list(new), dim=1)
 
 
-class Conversation:
-    """A conversation with an MLLM that goes on turn by turn. What was read is kept in the caches and not read again."""
+def group_images(is_image):
+    """Return for each position of (B, T) placeholders how many there are up to here, and the index of the first one of
+    the most recent group of adjacent placeholders; both (B, T)."""
+    n_so_far = is_image.cumsum(dim=1)
+    begins_group = is_image & ~F.pad(is_image, (1, -1))
+    first = torch.where(begins_group, n_so_far - 1, 0).cummax(dim=1).values
+    return n_so_far, first
 
-    def __init__(self, model, images):
-        """images: (M, 3, H, W), or (M, N, C) from encode(), all that the conversation is about, in the order of their
-        placeholders."""
-        with torch.no_grad(), evaluating(model):
-            self.model, self.tokens = model, images if images.dim() == 3 else model.encode(images)  # (M, N, C)
-        self.ids = torch.empty(1, 0, dtype=torch.long, device=self.tokens.device)
-        self.caches = model.gpt.decoder.new_caches(model.config.gpt.block_size, self.tokens.shape[:2].numel())
 
-    @torch.no_grad()
-    def read(self, ids):
-        """(1, T) ids that come next -> (1, T, vocab_size) logits; ValueError where block_size ends."""
-        self.ids, start = torch.cat((self.ids, ids), dim=1), self.ids.size(1)
-        each = 1 if self.model.gpt.config.cross_every else self.tokens.size(1)  # placeholders of an image
-        with evaluating(self.model):
-            x, memory, mask = self.model.embed(self.tokens[:(self.ids == IMAGE_ID).sum() // each], self.ids)  # a lookup
-            mask = None if mask is None else mask[:, :, start:]
-            return self.model.gpt.head(self.model.gpt.hidden(x[:, start:], self.caches, memory, mask))
+def separate_samples(segments):
+    """Return the mask (B, 1, T, T) and the positions (B, T) with which the samples of a row do not notice each other.
 
-    def answer(self, ids, temperature=0.0, generator=None):
-        """Reads (1, T) ids of what the user says, then bos, and yields the ids of the answer as they are written, eos
-        not among them. The answer ends where block_size ends."""
-        c = self.model.config
-        logits = self.read(F.pad(ids, (0, 1), value=c.bos_id))
-        while self.ids.size(1) < c.gpt.block_size:
-            token = sample_next(logits[:, -1], temperature, generator=generator)
-            logits = self.read(token[:, None])
-            if token == c.eos_id:
-                return
-            yield token.item()
+    The positions of each sample continue those of the images. For example, with two images of one token:
+
+        segments   0 0 1 1 1 2 2 -1
+        positions  0 1 2 3 4 2 3  0
+    """
+    same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+    is_shared = segments == 0
+    mask = (same | is_shared[:, None, :])[:, None]
+    n_before = same.tril(-1).sum(dim=2)  # (B, T), earlier tokens of the same sample, or of the images
+    n_shared = is_shared.sum(dim=1, keepdim=True)  # (B, 1)
+    positions = (n_before + n_shared * (segments > 0)) * (segments >= 0)
+    return mask, positions
 
 
 @dataclass
 class CLIPConfig:
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(n_classes=0))
     vocab_size: int = 4096
-    max_tokens: int = 32  # the longest text, bos and eos included
+    max_tokens: int = 32  # the longest text, with bos and eos
     n_layer: int = 2  # of the text encoder
     n_head: int = 4
     n_embd: int = 128
     n_shared: int = 128  # dimensions of the space that images and texts share
     dropout: float = 0.0
     pad_id: int = BPETokenizer.pad_id
-    words: bool = False  # whether it also learns to predict, from a photo alone, the words of its captions
 
     @classmethod
     def from_dict(cls, d):
-        return cls(**{**d, "vit": ViTConfig(**d["vit"])})  # d: dataclasses.asdict(config)
+        """Return the config of dataclasses.asdict(config)."""
+        return cls(**(d | {"vit": ViTConfig(**d["vit"])}))
 
 
 class CLIP(nn.Module):
     """A ViT and a text encoder that map a photo and its caption to nearby vectors of one space (Radford et al. 2021).
-    Unlike the paper's, the text encoder reads both ways, and a text's vector is the mean of its tokens. With words, the
-    words of all of a photo's captions are a label as well (Joulin et al. 2016): it tells more of a photo than one
-    caption that is to be picked out."""
+
+    Unlike the paper's, the text encoder reads in both directions, and a text's vector is the mean of its tokens.
+    words_head predicts from a photo alone the words of its captions (Joulin et al. 2016), which say more about a photo
+    than one caption that has to be picked out.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -1367,39 +1144,397 @@ class CLIP(nn.Module):
         self.position = LearnedPositionalEncoding(c.n_embd, c.max_tokens)
         self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(c.n_layer, c.n_embd, c.n_head, dropout=c.dropout)
-        self.text_head = nn.Linear(c.n_embd, c.n_shared, bias=False)
-        self.image_head = nn.Linear(c.vit.n_embd, c.n_shared)
-        self.words_head = nn.Linear(c.vit.n_embd, c.vocab_size) if c.words else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of one over the temperature
+        self.text_head = OutputLayer(c.n_embd, c.n_shared, bias=False)
+        self.image_head = OutputLayer(c.vit.n_embd, c.n_shared)
+        self.words_head = OutputLayer(c.vit.n_embd, c.vocab_size)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of 1 / temperature
         init_weights(self)
 
-    def embed_images(self, images, words=False):
-        """(B, 3, H, W) pixels -> (B, n_shared) unit vectors; with words, and (B, vocab_size) logits"""
-        pooled = self.vit.pool(self.vit.features(images))  # (B, C)
-        vectors = F.normalize(self.image_head(pooled).float(), dim=-1)
-        return (vectors, self.words_head(pooled)) if words else vectors
+    def embed_pooled(self, pooled):
+        """(B, C) from vit.pooled(images) -> (B, n_shared) unit vectors"""
+        return F.normalize(self.image_head(pooled).float(), dim=-1)
+
+    def embed_images(self, images):
+        """(B, 3, H, W) pixels -> (B, n_shared) unit vectors"""
+        return self.embed_pooled(self.vit.pooled(images))
 
     def embed_texts(self, ids):
         """(B, T) ids, padded with pad_id -> (B, n_shared) unit vectors"""
         mask = padding_mask(ids, self.config.pad_id)  # (B, 1, 1, T)
         x = self.encoder(self.drop(self.position(self.embedding(ids))), mask)
-        counts = mask[:, 0].transpose(1, 2)  # (B, T, 1)
-        return F.normalize(self.text_head((x * counts).sum(dim=1) / counts.sum(dim=1)).float(), dim=-1)
+        is_token = mask[:, 0].transpose(1, 2)  # (B, T, 1)
+        mean = (x * is_token).sum(dim=1) / is_token.sum(dim=1)
+        return F.normalize(self.text_head(mean).float(), dim=-1)
 
     def logits(self, images, texts):
         """(n, d) and (m, d) unit vectors -> (n, m): their cosines over the temperature, which is at least 0.01"""
         return self.log_scale.exp().clamp(max=100.0) * images @ texts.T
 
     def loss(self, images, texts):
-        """(B, d) unit vectors of photos and of their texts -> the mean of two cross-entropies: of finding each photo's
-        text among all texts, and each text's photo among all photos."""
-        logits, pairs = self.logits(images, texts), torch.arange(len(images), device=images.device)  # (B, B), (B,)
+        """Return the contrastive loss of (B, d) unit vectors of photos and their texts: the mean of the cross-entropies
+        of finding each photo's text among all texts and each text's photo among all photos."""
+        logits = self.logits(images, texts)  # (B, B)
+        pairs = torch.arange(len(images), device=images.device)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
     def forward(self, images, ids):
-        """(B, 3, H, W) pixels, and (B, T) ids of their texts -> what loss() takes; and the logits of embed_images(), or
-        None without words"""
-        if self.words_head is None:
-            return self.embed_images(images), self.embed_texts(ids), None
-        vectors, words = self.embed_images(images, words=True)
-        return vectors, self.embed_texts(ids), words
+        """(B, 3, H, W) pixels and (B, T) ids of their texts -> loss"""
+        return self.loss(self.embed_images(images), self.embed_texts(ids))
+
+
+# 9. options (skip on a first reading) --------------------------------------------------------------------------------
+
+def keep_likely(logits, top_k=0, top_p=1.0):
+    """Set all but the likeliest of (B, vocab_size) logits to -inf.
+
+    top_k: keep the k likeliest tokens; 0: all. top_p: keep the fewest tokens that together have this probability
+    (nucleus sampling, Holtzman et al. 2020); 1: all.
+    """
+    if top_k > 0:
+        kth_best = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        outside = probs.cumsum(dim=-1) - probs >= top_p  # likelier tokens have that probability already
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return logits
+
+
+@torch.no_grad()
+def beam_search(gpt, embedded, max_new_tokens, beams, eos_id, length_penalty=1.0):
+    """Return the best continuations of prompts that a beam search finds: (B, beams, n) ids, n <= max_new_tokens, best
+    first and filled with eos_id after their end; and their (B, beams) scores.
+
+    The score is log p / length ** length_penalty, the end counted in the length (0: log p itself, which prefers short
+    texts). At each position the best continuations are kept, ended ones among them, as many as there are beams. The
+    search stops when all that are kept have ended. embedded: the prompts' embeddings (B, T, C), memory and its mask, as
+    of MLLM.embed().
+    """
+    x, memory, memory_mask = embedded
+    B = len(x)
+    device = x.device
+    first_row = torch.arange(B, device=device)[:, None] * beams  # (B, 1), of each prompt's beams
+    total = torch.full((B, beams), -math.inf, device=device)  # log p; at first there is one beam
+    total[:, 0] = 0.0
+    scores = total
+    length = torch.zeros(B, beams, dtype=torch.long, device=device)
+    ended = torch.zeros(B, beams, dtype=torch.bool, device=device)
+    tokens = torch.empty(B, beams, 0, dtype=torch.long, device=device)
+    with evaluating(gpt):
+        while tokens.size(2) < max_new_tokens and not ended.all():
+            if tokens.size(2) == 0:
+                logits, caches, memory_mask = gpt.read_prompt(x, beams, memory, memory_mask)
+            else:
+                x = gpt.embedding(token.view(-1, 1))  # (B * beams, 1, C)
+                logits = gpt.head(gpt.hidden(x, caches, memory, memory_mask)[:, -1])
+            log_p = logits.float().log_softmax(dim=-1).view(B, beams, -1)
+            log_p = log_p.masked_fill(ended[:, :, None], -math.inf)
+            log_p[:, :, eos_id] = log_p[:, :, eos_id].masked_fill(ended, 0.0)  # ended texts stay as they are
+            candidates = total[:, :, None] + log_p  # (B, beams, vocab_size)
+            new_length = length + ~ended
+            candidate_scores = candidates / (new_length[:, :, None] ** length_penalty)
+            scores, best = candidate_scores.flatten(1).topk(beams)  # (B, beams)
+            beam = best // log_p.size(2)
+            token = best % log_p.size(2)
+            total = candidates.flatten(1).gather(1, best)
+            length = new_length.gather(1, beam)
+            ended = ended.gather(1, beam) | (token == eos_id)
+            kept = tokens.gather(1, beam[:, :, None].expand_as(tokens))
+            tokens = torch.cat((kept, token[:, :, None]), dim=2)
+            for self_cache, _ in caches:  # all beams of a prompt share the memory
+                self_cache.select((first_row + beam).flatten())
+    return tokens, scores
+
+
+class MixtureOfExperts(nn.Module):
+    """(B, T, C) -> (B, T, C): feed-forward layers, the experts, of which each token passes through the k that a router
+    prefers (Shazeer et al. 2017). Their outputs are weighted by the router's probabilities, which are normalised for
+    k > 1; for k = 1 the router would then get no gradient.
+
+    In training, load (n_experts,) is the share of the choices that fell on each expert, and balance the load-balancing
+    loss of the Switch Transformer (Fedus et al. 2022, equation 4): 1 if the tokens are spread evenly. Both are of one
+    forward pass: with accumulation or several processes, each part is balanced by itself.
+    """
+
+    def __init__(self, n_embd, n_experts, k, **feed_forward):
+        super().__init__()
+        assert 1 <= k <= n_experts, f"experts_per_token={k} is not between 1 and n_experts={n_experts}"
+        self.k = k
+        self.load = self.balance = None
+        self.router = Linear(n_embd, n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(n_embd, **feed_forward) for _ in range(n_experts))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (B * T, C)
+        n_experts = len(self.experts)
+        p = self.router(tokens).float().softmax(dim=-1)  # (B * T, n_experts)
+        weights, chosen = p.topk(self.k, dim=-1)  # (B * T, k)
+        if self.k > 1:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows, rank = (chosen == i).nonzero(as_tuple=True)  # tokens that chose it, and as which of their k
+            padded = F.pad(rows, (0, -len(rows) % 64))  # CPUs prepare a matrix product anew for every new size
+            new = weights[rows, rank, None] * expert(tokens[padded])[:len(rows)]
+            out = out.index_add(0, rows, new.to(out.dtype))
+        if self.training:
+            self.load = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
+            self.balance = n_experts * (self.load * p.mean(dim=0)).sum()
+        return out.view_as(x)
+
+
+def use_experts(gpt):
+    """Replace the feed-forward layers of a GPT by mixtures of experts."""
+    c = gpt.config
+    for block in gpt.decoder.blocks:
+        block.ff = MixtureOfExperts(c.n_embd, c.n_experts, c.experts_per_token, activation=c.activation,
+                                    dropout=c.dropout, bias=c.bias)
+
+
+def balance_loss(model, weight=0.01):
+    """Return the load-balancing loss of the last forward pass, its mean over blocks; 0 without experts."""
+    experts = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    if not experts or not model.training:
+        return 0.0
+    return weight * sum(expert.balance for expert in experts) / len(experts)
+
+
+def extend_context(gpt, block_size, factor, alpha=0.5, beta=2.0):
+    """Let a trained GPT with rotary positions read block_size tokens at once, without further training (YaRN, Peng et
+    al. 2023).
+
+    factor: the new context over that of the training; 1 leaves the frequencies as they are. A pair of channels that
+    turned beta times or more in the context of the training keeps its frequency; one that turned alpha times or less is
+    divided by the factor, so that it meets no new angle; a ramp in between. The paper has alpha = 1 and beta = 32 for
+    Llama, and says that they depend on the model; with contexts of hundreds, 0.5 and 2 are better. Queries and keys are
+    scaled by 0.1 ln(factor) + 1: a sharper softmax over more keys.
+    """
+    c = gpt.config
+    assert c.positions == "rotary", "learned positions end with the context of the training"
+    rotary = RotaryEmbedding(c.n_embd // c.n_head, block_size)
+    turns = c.block_size * rotary.frequencies / (2 * math.pi)
+    kept = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
+    rotary.set_tables(rotary.frequencies * (kept + (1 - kept) / factor), block_size, 0.1 * math.log(factor) + 1)
+    for block in gpt.decoder.blocks:
+        block.attn.rotary = rotary
+    c.block_size = block_size
+
+
+class PixelShuffleConnector(nn.Module):
+    """2x2 neighbouring patches become one token with four times the channels, then two layers (InternVL 1.5, Chen et
+    al. 2024): a quarter of the image tokens."""
+
+    needs_grid = True
+
+    def __init__(self, n_vision, n_language):
+        super().__init__()
+        self.mlp = MLPConnector(4 * n_vision, n_language)
+
+    @staticmethod
+    def n_tokens(side):
+        assert side % 2 == 0, f"pixel_shuffle folds 2x2 patches: a grid of {side}x{side} has an odd side"
+        return (side // 2) ** 2
+
+    def forward(self, x):
+        """(B, N, n_vision), a square grid with an even side -> (B, N / 4, n_language)"""
+        B, N, C = x.shape
+        half = math.isqrt(N) // 2
+        x = x.view(B, half, 2, half, 2, C).transpose(2, 3)  # (B, half, half, 2, 2, C)
+        return self.mlp(x.reshape(B, half * half, 4 * C))
+
+
+CONNECTORS["pixel_shuffle"] = PixelShuffleConnector
+
+
+class ImageComparison(nn.Module):
+    """Tell each of several adjacent images its place, and at each of its tokens what differs from the image before it
+    (as between the frames of a video, Wang et al. 2021): comparing images is hard to learn otherwise."""
+
+    def __init__(self, max_images, n_embd):
+        super().__init__()
+        self.order = nn.Embedding(max_images, n_embd)
+        self.change = Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, tokens, is_image):
+        """(M, N, C) image tokens, (B, T) placeholders -> (M, N, C)"""
+        n = is_image.sum() // len(tokens)  # placeholders per image
+        n_so_far, first = group_images(is_image)
+        place = (n_so_far - 1 - first)[is_image][::n] // n  # (M,)
+        max_images = self.order.num_embeddings
+        assert place.max() < max_images, f"{place.max() + 1} adjacent images, and max_images={max_images}"
+        change = (tokens - tokens.roll(1, dims=0)) * (place > 0)[:, None, None]
+        return tokens + self.order(place)[:, None] + self.change(change)
+
+
+def make_vit(config):
+    """Return the ViT, or the option of it, that a ViTConfig describes."""
+    if config.max_tiles > 1:
+        return TiledViT(config)
+    return CLIPViT(config) if config.clip_layout else ViT(config)
+
+
+def make_mllm(config):
+    """Return the MLLM, or the option of it, that an MLLMConfig describes."""
+    return TiledMLLM(config) if config.vit.max_tiles > 1 else MLLM(config)
+
+
+class CLIPViT(ViT):
+    """The vision tower of OpenAI's CLIP: a class token before the patches, which features() omits, a norm before the
+    first block and none after the last."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.n_embd))
+        self.pre_norm = make_norm(config.norm, config.n_embd)
+        self.encoder.norm = nn.Identity()
+
+    def features(self, images):
+        x = self.embed_patches(images)
+        x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
+        return self.encoder(self.drop(self.pre_norm(x)))[:, 1:]
+
+
+LAYOUTS = [(rows, columns) for rows in range(1, 5) for columns in range(1, 5) if rows * columns <= 4]  # of tiles
+
+
+class TileEmbedding(nn.Module):
+    """Add to the N patches of each tile, (M, T, N, C), a learnt vector for its place in the layout of its image, times
+    the tanh of a learnt number that starts at 0 (Llama 3.2 Vision, Meta 2024). layouts: (M,)"""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.vectors = nn.Embedding(len(LAYOUTS), 4 * n_embd)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, layouts):
+        M, T, N, C = x.shape
+        vectors = self.vectors(layouts).view(M, 4, 1, C)[:, :T]
+        return x + self.gate.tanh() * vectors
+
+
+class TiledViT(ViT):
+    """A ViT for images on up to max_tiles tiles (Llama 3.2 Vision): its blocks see each tile by itself, then
+    across_layer further blocks see all tiles of an image. The outputs of the blocks named in keep are features too."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.n_features = c.n_embd * (1 + len(c.keep))
+        self.tiles_before = TileEmbedding(c.n_embd)
+        self.tiles_after = TileEmbedding(c.n_embd)
+        self.across = nn.ModuleList(EncoderBlock(c.n_embd, c.n_head, c.activation, c.norm, c.dropout)
+                                    for _ in range(c.across_layer))
+        init_weights(self)
+
+    def features(self, images):
+        """Return (M, T * N, n_features), zeros in the tiles that a layout lacks, of config.tools.data.TiledImages: pixels
+        (M, T, 3, H, W) and layouts (M,)."""
+        M, T = images.pixels.shape[:2]
+        x = self.embed_patches(images.pixels.flatten(0, 1))  # (M * T, N, C)
+        x = self.tiles_before(x.unflatten(0, (M, T)), images.layouts).flatten(0, 1)
+        x = self.drop(x)
+        kept = []
+        for i, block in enumerate(self.encoder.blocks):
+            x = block(x)
+            if i in self.config.keep:
+                kept.append(x.unflatten(0, (M, T)).flatten(1, 2))  # (M, T * N, C)
+        x = self.encoder.norm(x).unflatten(0, (M, T))
+        N = x.size(2)
+        x = self.tiles_after(x, images.layouts).flatten(1, 2)
+        n_tiles = torch.tensor([rows * columns for rows, columns in LAYOUTS], device=x.device)[images.layouts]  # (M,)
+        exists = torch.arange(T * N, device=x.device) < N * n_tiles[:, None]  # (M, T * N)
+        for block in self.across:
+            x = block(x, exists[:, None, None])
+        return torch.cat((x, *kept), dim=-1) * exists[:, :, None]
+
+
+class TiledMLLM(MLLM):
+    """An MLLM with cross-attention for TiledImages. The tokens of missing tiles are zeros, and are not attended."""
+
+    def connect(self, features):
+        """Return (M, T * N, C) image tokens of (M, T * N, n_features) features."""
+        tiles = features.unflatten(1, (self.config.vit.max_tiles, -1)).flatten(0, 1)  # (M * T, N, n_features)
+        tokens = self.connector(tiles) * tiles.any(dim=2).any(dim=1)[:, None, None]
+        return tokens.unflatten(0, (len(features), -1)).flatten(1, 2)
+
+    def embed_cross(self, x, tokens, is_image):
+        x, memory, mask = super().embed_cross(x, tokens, is_image)
+        exists = memory.any(dim=-1)[:, None, None].expand(-1, -1, x.size(1), -1)  # (B, 1, T, Tm)
+        return x, memory, exists if mask is None else mask & exists
+
+
+class SinusoidalPositionalEncoding(nn.Module):
+    """Add sines and cosines of geometrically spaced wavelengths (Vaswani et al. 2017, section 3.5)."""
+
+    def __init__(self, n_embd, max_len):
+        super().__init__()
+        frequencies = 10000.0 ** (-torch.arange(0, n_embd, 2).float() / n_embd)
+        angles = torch.outer(torch.arange(max_len).float(), frequencies)
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :n_embd]  # (max_len, n_embd)
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x):
+        """x: (B, T, C) at positions 0, 1, 2, ..."""
+        return x + self.table[:x.size(1)]
+
+
+class Transformer(nn.Module):
+    """The encoder-decoder of Vaswani et al. 2017, with pre-norm. Source, target and output share one embedding
+    (section 3.4)."""
+
+    def __init__(self, vocab_size, n_layer=6, n_embd=512, n_head=8, max_len=512, pad_id=0, dropout=0.1):
+        super().__init__()
+        self.pad_id = pad_id
+        self.n_embd = n_embd
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+        self.position = SinusoidalPositionalEncoding(n_embd, max_len)
+        self.drop = Dropout(dropout)
+        block = {"activation": "relu", "dropout": dropout}
+        self.encoder = TransformerEncoder(n_layer, n_embd, n_head, **block)
+        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, cross_every=1, **block)
+        init_weights(self)
+        nn.init.normal_(self.embedding.weight, std=n_embd ** -0.5)  # embed() multiplies by sqrt(n_embd)
+
+    def embed(self, ids):
+        return self.drop(self.position(self.embedding(ids) * math.sqrt(self.n_embd)))
+
+    def encode(self, source):
+        """Return the memory (B, Ts, C) of the source ids (B, Ts)."""
+        return self.encoder(self.embed(source), padding_mask(source, self.pad_id))
+
+    def forward(self, source, target):
+        """(B, Ts), (B, Tt) ids -> (B, Tt, vocab_size): at each position the logits of the next target token."""
+        memory = self.encode(source)
+        masks = padding_mask(target, self.pad_id), padding_mask(source, self.pad_id)
+        x = self.decoder(self.embed(target), memory, *masks)
+        return F.linear(x, self.embedding.weight)
+
+
+# temporary
+def best_layout(width, height, max_tiles):
+    """Return the index in LAYOUTS of the grid of square tiles for an image, with sides in units of a tile: among grids
+    of at most max_tiles the one on which the image is reduced least, then padded least, then the smallest."""
+    def cost(i):
+        rows, columns = LAYOUTS[i]
+        scale = min(columns / width, rows / height)  # the image then fits
+        padding = rows * columns - scale ** 2 * width * height
+        return max(0.0, 1 - scale), round(padding, 6), rows * columns
+    allowed = [i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles]
+    return min(allowed, key=cost)
+
+
+@dataclass
+class TiledImages:
+    """M images of T tiles each, the form in which a TiledMLLM takes images."""
+    pixels: torch.Tensor  # (M, T, 3, H, W), zeros in the tiles that a layout lacks
+    layouts: torch.Tensor  # (M,), indices in LAYOUTS
+
+    def __len__(self):
+        return len(self.layouts)
+
+    def __getitem__(self, rows):
+        return TiledImages(self.pixels[rows], self.layouts[rows])
+
+    def to(self, device):
+        return TiledImages(self.pixels.to(device), self.layouts.to(device))

@@ -1,61 +1,59 @@
 """
-CIFAR-10 -> data/cifar10/{train,test}_{images,labels}.npy: (50000 or 10000, 3, 32, 32) uint8 pixels and uint8 labels.
-Reads the binary version of the archive, so that nothing needs to be unpickled.
+Download CIFAR-10 and write data/cifar10/{train,test}_{images,labels}.npy: uint8 pixels (50000 or
+10000, 3, 32, 32) and uint8 labels. The binary version of the archive needs no unpickling.
 
     python prepare_cifar.py
 """
 
 import tarfile
-import zlib
-from pathlib import Path
 
 import numpy as np
 
 import config
 from config.tools.data import download, save_array, save_json
+from config.tools.run import fail, one_line_errors
 
 out_dir = "data/cifar10"  # where the download goes, and what vit.py reads
 
-URLS = ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/cifar-10-binary.tar.gz"]
+URLS = [
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/cifar-10-binary.tar.gz",
+]
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-RECORD = 1 + 3 * 32 * 32  # bytes
+RECORD = 1 + 3 * 32 * 32  # bytes: a label, then red, green and blue, row by row
+FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 
 
-def read_member(tar, name, most):
-    """The bytes of a member of the open archive, a file of at most so many."""
-    member = tar.getmember(f"cifar-10-batches-bin/{name}")
-    if not member.isfile() or member.size > most:
-        raise ValueError(f"{name} is no file of at most {most:,} bytes")
-    return tar.extractfile(member).read()
+def open_member(tar, name):
+    return tar.extractfile(f"cifar-10-batches-bin/{name}")
 
 
-def read_batch(tar, name):
-    """(labels (10000,), images (10000, 3, 32, 32)) of one member of the open archive."""
-    records = np.frombuffer(read_member(tar, name, 10_000 * RECORD), dtype=np.uint8).reshape(-1, RECORD)
-    if len(records) != 10_000 or records[:, 0].max() > 9:
-        raise ValueError(f"{name} is no batch of CIFAR-10")
+def read_split(tar, names):
+    """Return labels (n,) and images (n, 3, 32, 32) of files with 10,000 records each."""
+    batches = np.empty((len(names), 10_000, RECORD), dtype=np.uint8)
+    for batch, name in zip(batches, names):
+        n_bytes = open_member(tar, name).readinto(batch)
+        assert n_bytes == batch.size, f"{name} in the archive is too short; delete the archive"
+    records = batches.reshape(-1, RECORD)
     return records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
 
 
-@config.one_line_errors
+@one_line_errors
 def main(argv=None):
     config.override(globals(), argv)
-    out = Path(out_dir)
-    archive = download(out / "cifar-10-binary.tar.gz", URLS, MD5)
+    archive = download(f"{out_dir}/cifar-10-binary.tar.gz", URLS, MD5)
     try:
-        with tarfile.open(archive) as tar:
-            classes = read_member(tar, "batches.meta.txt", 1000).decode().split()
-            train = [read_batch(tar, f"data_batch_{i}.bin") for i in range(1, 6)]
-            test = [read_batch(tar, "test_batch.bin")]
-    except (tarfile.TarError, KeyError, EOFError, ValueError, zlib.error) as e:
-        config.fail(f"{archive} is broken ({e}); delete it and run this again")
-    for split, batches in (("train", train), ("test", test)):
-        labels, images = (np.concatenate(part) for part in zip(*batches))
-        save_array(out / f"{split}_labels.npy", labels)
-        save_array(out / f"{split}_images.npy", images)
-        print(f"{out}: {len(images):,} {split} images, per class {np.bincount(labels).tolist()}")
-    save_json(out / "classes.json", classes)
+        with tarfile.open(archive, "r:gz") as tar:
+            classes = open_member(tar, "batches.meta.txt").read().decode().split()
+            splits = {split: read_split(tar, names) for split, names in FILES.items()}
+    except (tarfile.TarError, EOFError, KeyError) as e:
+        fail(f"{archive} is not CIFAR-10 or is damaged ({e}); delete it and run this again")
+    save_json(f"{out_dir}/classes.json", classes)
+    for split, (labels, images) in splits.items():
+        save_array(f"{out_dir}/{split}_labels.npy", labels)
+        save_array(f"{out_dir}/{split}_images.npy", images)
+        n_per_class = np.bincount(labels).tolist()
+        print(f"{out_dir}: {len(images):,} {split} images, per class {n_per_class}")
 
 
 if __name__ == "__main__":

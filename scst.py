@@ -2,17 +2,15 @@
 Stage 4: self-critical sequence training (Rennie et al. 2017) raises the captioner's CIDEr itself, or its BLEU; or the
 share of right answers to questions.
 
-    python mllm.py && python scst.py --init_from=sft                      drawn shapes, five minutes on two CPU cores
+    python mllm.py && python scst.py --init_from=sft                      drawn shapes
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
-
-Expect the test CIDEr of config/flickr8k_cpu.py to go from 35 to 43 in 22 minutes on two CPU cores with AVX512-BF16.
 
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
 writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
 proportion to its advantage over a baseline: the score of the model's own greedy caption (the self-critic), or the mean
 score of the photo's other samples. Starts from an sft.pt of mllm.py. Writes log.csv, loss.png, before_after.png,
-scst.pt (the best validation CIDEr) and last.pt to out_dir.
+scst.pt (the best on validation) and last.pt to out_dir.
 
 Departures from the paper:
 - the model is a transformer that attends to image tokens, not an LSTM; the ViT stays frozen by default
@@ -22,24 +20,27 @@ Departures from the paper:
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
 - the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
 - samples are drawn at a temperature, and the same softmax(logits / temperature) is trained: after label smoothing,
-  nearly all samples at temperature 1 are broken, and what they teach first is to write likely words
+  nearly all samples at temperature 1 are broken, and they first teach the model to write likely words
 - n-grams do not ask for sense: with max_surprise, a sample earns nothing if one of its tokens, the end among them, has
-  under the GPT of stage 2 a probability below exp(-max_surprise)
+  a probability below exp(-max_surprise) under the GPT of stage 2
 - baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
 """
 
 import copy
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import config
 import mllm
+from config.tools import answers, run
 from config.tools.data import augment_photos
-from config.tools.metrics import CiderD, bleu_of_words, ends_badly, words_of
+from config.tools.metrics import CiderD, LanguageJudge, bleu_of_words, words_of
+from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
+from config.tools.pretrained import load_part
 
 # the run
 out_dir = "out/scst"  # checkpoints, log and pictures
@@ -52,14 +53,13 @@ prompt = ""  # ask this about image, instead
 chat = False  # talk about image in the terminal, turn by turn
 frames = 0  # images that a clip is read as; see mllm.py
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
+dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: batches, augmentation, samples
 # decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of it
 beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
-temperature = 0.0  # above 0: sample at this temperature; not at the end of a run
+temperature = 0.0  # with image, above 0: sample at this temperature
 num_captions = 1  # with image: captions of each
-consensus = 0  # with eval_only: also caption by so many samples, of which the one most like the others is taken
 # reward: the sum of these terms, each times its weight
 cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
@@ -71,224 +71,262 @@ max_sample_tokens = 0  # longer samples end there, without an end token; 0: as l
 sample_temperature = 1.0  # below 1 samples are more like the greedy caption
 samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
 batch_size = 32  # photos, or questions, per step, over all processes
-accumulation = 1  # parts that a process cuts its share of the batch into: less memory
+accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 # optimization
 train_vit = False  # train the ViT too
-max_steps = 0  # 0: max_minutes alone decides
-max_minutes = 1.5  # 0: max_steps alone decides; else whichever comes first
+max_steps = 450  # length of the run
 lr = 2e-4  # peak rate, AdamW for all: far below that of the training before, since samples are noisy teachers
 weight_decay = 0.0  # the weights stay near those of the training before
 warmup_steps = 10  # steps in which the rate rises to its peak
 cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
-eval_interval = 50  # steps between lines of the log, each with validation scores
+eval_interval = 50  # steps between evaluations
 
-END = "<end>"  # the word that stands for the end token in the reward; words_of() never produces it
-TABLE = ("cider", "cider_others", "beam_cider", "bleu1", "bleu4", "length", "broken", "distinct", "nats", "surprising",
-         "clip", "right")
+END = "<end>"  # the word for the end token in the reward; words_of() never produces it
+
 
 # reward --------------------------------------------------------------------------------------------------------------
 
 class Reward:
-    """Scores captions against references, such as those of the training photos: a list of str for each. A caption with
-    a token of more than max_surprise nats under the GPT of judges is worth 0; max_surprise 0: none is."""
+    """Scores captions against references, such as those of the training photos: a list of str for each photo.
 
-    def __init__(self, references, cider_weight, bleu_weight, exact_weight=0.0, max_surprise=0.0, judges=None):
-        self.texts, self.max_surprise, self.judges = references, max_surprise, judges
+    judge: a LanguageJudge; a caption with a token of more than max_surprise nats is worth 0. None: no such limit.
+    """
+
+    def __init__(self, references, cider_weight, bleu_weight=0.0, exact_weight=0.0, max_surprise=0.0, judge=None):
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
-        self.cider_weight, self.bleu_weight, self.exact_weight = cider_weight, bleu_weight, exact_weight
+        self.cider_weight = cider_weight
+        self.bleu_weight = bleu_weight
+        self.exact_weight = exact_weight
+        self.max_surprise = max_surprise
+        self.judge = judge
         self.cider = CiderD(self.references)
 
     def __call__(self, texts, ended, rows):
-        """n captions, whether the model ended each, and whose references are meant -> (n,)"""
-        words = to_words(texts, ended)
-        scores = self.cider_weight * self.cider.scores(words, rows)
-        if self.bleu_weight:
-            bleu4 = [bleu_of_words([each], [self.references[row]], smooth=1)[3]
-                     for each, row in zip(words, rows, strict=True)]
-            scores += self.bleu_weight * np.array(bleu4)
-        if self.exact_weight:
-            exact = [each in self.references[row] for each, row in zip(words, rows, strict=True)]
-            scores += self.exact_weight * np.array(exact)
-        if self.max_surprise:  # on a caption that does not end, the end surprises
-            scores *= (self.judges.nats(texts) <= self.max_surprise).all(dim=1).numpy()
-        return torch.from_numpy(scores).float()
-
-
-def to_words(answers, ended):
-    """n answers, and whether the model ended each -> word lists, END last where it did"""
-    return [words_of(answer) + [END] * end for answer, end in zip(answers, ended)]
+        """Return the (n,) scores of n captions. ended: whether the model ended each; rows: whose references apply."""
+        words = [words_of(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
+        rewards = self.cider_weight * torch.tensor(self.cider.scores(words, rows))
+        for i, row in enumerate(rows):
+            references = self.references[row]
+            if self.bleu_weight:
+                bleu4 = bleu_of_words([words[i]], [references], smooth=1)[3]
+                rewards[i] += self.bleu_weight * bleu4
+            if self.exact_weight and words[i] in references:
+                rewards[i] += self.exact_weight
+        if self.judge:  # a caption that does not end is surprising where it should go on
+            rewards[(self.judge.nats(texts) > self.max_surprise).any(dim=1)] = 0.0
+        return rewards.float()
 
 
 def advantages(rewards, greedy_rewards=None):
-    """(B, K) rewards of K samples per photo -> their advantages over a baseline: the (B,) rewards of the photo's greedy
-    caption (Rennie et al. 2017, equation 7), or the mean of its other K - 1 samples (Kool et al. 2019)."""
+    """Return the advantages of (B, K) rewards of K samples per photo over a baseline: the (B,) rewards of the photo's
+    greedy caption (Rennie et al. 2017, equation 7), or the mean of its other K - 1 samples (Kool et al. 2019)."""
     if greedy_rewards is not None:
         return rewards - greedy_rewards[:, None]
-    return rewards - (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
+    K = rewards.size(1)
+    mean_of_others = (rewards.sum(dim=1, keepdim=True) - rewards) / (K - 1)
+    return rewards - mean_of_others
+
+
+def answer_mask(ids, eos_id):
+    """Return the (n, T) mask of the answers in written ids (n, T): True up to the end token, which is included."""
+    is_end = (ids == eos_id).long()
+    return is_end.cumsum(dim=1) - is_end == 0
 
 
 def scst_loss(log_probs, advantage):
-    """Minus the sum of advantage (n,) * log p over the sampled tokens; train() divides by their number. log_probs: (n,
-    T), 0 after the end."""
+    """Return minus the sum of advantage (n,) times log p over the sampled tokens. log_probs: (n, T), 0 after the end."""
     return -(advantage[:, None] * log_probs).sum()
 
 
-def sample_statistics(captions, rewards):
-    """What the log tells of the samples of a step, n word lists, and of their rewards."""
-    return {"reward": rewards.mean().item(), "length": float(np.mean([len(c) - (END in c) for c in captions])),
-            "broken": 100 * float(np.mean([ends_badly(c[:-1], END in c) for c in captions])),
-            "distinct": 100 * len(set(map(tuple, captions))) / len(captions)}
+# sampling ------------------------------------------------------------------------------------------------------------
+
+class Rollout(NamedTuple):
+    """K samples for each of b prompts of equal length."""
+    inputs: torch.Tensor  # of the k images of each prompt: pixels if the ViT trains, else its features
+    prompts: torch.Tensor  # (b, Tp) ids
+    samples: torch.Tensor  # (b * K, T) ids
+    mask: torch.Tensor  # (b * K, T), True where a sampled token counts
+    rewards: torch.Tensor  # (b, K)
+    advantages: torch.Tensor  # (b * K,)
 
 
-def batch_of(lengths, batch_size, step, seed):
-    """(batch_size,) rows of a step's batch, each row once per epoch: shuffled, then sorted by lengths (n,), so that
-    most of what is written together has equally long prompts."""
-    epoch, position = divmod(step, len(lengths) // batch_size)
-    draw = config.shared_generator(seed, epoch)
-    order = torch.randperm(len(lengths), generator=draw)
-    batches = order[lengths[order].argsort(stable=True)].split(batch_size)
-    return batches[torch.randperm(len(lengths) // batch_size, generator=draw)[position]]
+def get_batch(prompts, step):
+    """Return the indices of the prompts of a step, sampled without replacement within an epoch: shuffled, then sorted by
+    length, so that most prompts of a batch are equally long and can be answered together."""
+    n = min(batch_size, len(prompts))
+    epoch, position = divmod(step, len(prompts) // n)
+    draw = run.shared_generator(seed, epoch)
+    order = torch.randperm(len(prompts), generator=draw)
+    lengths = torch.tensor([len(prompt["ids"]) + 1_000_000 * len(prompt["images"]) for prompt in prompts])
+    batches = order[lengths[order].argsort(stable=True)].split(n)
+    return batches[torch.randperm(len(prompts) // n, generator=draw)[position]]
 
+
+@torch.no_grad()
+def rollout(model, data, prompts, rows, reward, augmentation):
+    """Sample answers to the prompts in rows, and score them. Return a list of Rollout."""
+    device = run.device_of(model)
+    tokenizer = data["tokenizer"]
+    images = list(dict.fromkeys(i for row in rows for i in prompts[row]["images"]))
+    pixels = data["images"][images].to(device)
+    if torch.is_tensor(pixels):
+        texts = []  # those about each image, which may forbid to mirror it
+        for image in images:
+            about = [prompts[row] for row in rows if image in prompts[row]["images"]]
+            texts.append([text for prompt in about for text in [prompt["question"], *prompt["references"]]])
+        pixels = augment_photos(pixels, texts, **augmentation)
+    with run.autocast(model):
+        inputs = pixels if train_vit else model.vit.features(pixels)
+        tokens = encode(model, inputs)  # (M, N, C), for all samples
+
+    def write(own_tokens, ids, **decoding):
+        with run.autocast(model):
+            written = model.generate(own_tokens, ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
+        texts = [tokenizer.decode(row) for row in written.tolist()]
+        return written, texts, (written == tokenizer.eos_id).any(dim=1).tolist()
+
+    rollouts = []
+    for group in mllm.alike([prompts[row] for row in rows]):
+        group_rows = [rows[i] for i in group]
+        ids = torch.tensor([prompts[row]["ids"] for row in group_rows], device=device)
+        places = [images.index(i) for row in group_rows for i in prompts[row]["images"]]
+        sampled, texts, ended = write(tokens[places], ids, temperature=sample_temperature, num_captions=samples)
+        rewards = reward(texts, ended, [row for row in group_rows for _ in range(samples)]).view(-1, samples)  # (b, K)
+        greedy_rewards = None
+        if baseline == "greedy":
+            _, texts, ended = write(tokens[places], ids)
+            greedy_rewards = reward(texts, ended, group_rows)
+        advantage = advantages(rewards, greedy_rewards).flatten().to(device)
+        mask = answer_mask(sampled, tokenizer.eos_id)
+        rollouts.append(Rollout(inputs[places], ids, sampled, mask, rewards, advantage))
+    return rollouts
+
+
+def encode(model, inputs):
+    """Return image tokens of the inputs of a Rollout."""
+    return model.encode(inputs) if train_vit else model.connect(inputs)
+
+
+# the run -------------------------------------------------------------------------------------------------------------
 
 def find_sft():
-    """The sft.pt to start from."""
-    found = sorted(Path(sft_dir or "out").glob("sft.pt" if sft_dir else "*/sft.pt"), key=lambda p: p.stat().st_mtime)
-    if Path(sft_dir).is_file():
-        config.fail(f"sft_dir={sft_dir} is a file; name its folder")
-    if found and found[-1].parent == Path(out_dir):
-        config.fail(f"out_dir={out_dir} is where {found[-1]} lies, which a new run would rename; choose another")
-    if not found:
-        config.fail(f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{config.recipe_of(sft_dir)}")
-    return found[-1]
+    """Return the path of the sft.pt to start from."""
+    found = [Path(sft_dir, "sft.pt")] if sft_dir else list(Path("out").glob("*/sft.pt"))
+    found = [path for path in found if path.is_file()]
+    assert found, f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{run.recipe_of(sft_dir)}"
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    assert newest.parent != Path(out_dir), f"a new run would rename {newest}; choose another out_dir"
+    return newest
 
 
-# training ------------------------------------------------------------------------------------------------------------
-
-def train(run, model, optimizers, data, reward, prompts):
-    """SCST until the run is over. prompts: what the model is asked, samples of mllm.py; reward knows their
-    references."""
-    sft, tokenizer = run.more["sft_settings"], data["tokenizer"]
-    dev, per_step = config.device_of(model), min(batch_size, len(prompts))
-    lengths = torch.tensor([[len(mllm.prompt_ids(model, data, prompt)), len(prompt["images"])] for prompt in prompts])
-    lengths = lengths @ torch.tensor([1, 10 ** 6])  # (n,), the same for equally long prompts about equally many images
-    fixed = range(0, len(prompts), max(1, len(prompts) // 200))  # training prompts whose greedy answers are scored
-
-    def write(tokens, ids, **decoding):
-        with config.autocast(model):
-            ids = model.generate(tokens.detach(), ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
-        rows = ids.tolist()
-        return ids, list(map(tokenizer.decode, rows)), [tokenizer.eos_id in row for row in rows]
-
-    while True:
-        progress = run.progress()  # from 0 to 1, by steps or by minutes
-        factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
-        if run.due():
-            with run.paused():
-                greedy = mllm.write_answers(model, data, [prompts[i] for i in fixed])
-                numbers = {"greedy": reward(*greedy, fixed).mean().item()}
-                scores = {f"val_{name}": value for name, value in mllm.evaluate(model, data, "val")[0].items()}
-                brief = ("val_cider", "val_bleu4", "val_broken", "val_distinct", "val_surprising", "val_right")
-                numbers |= {name: scores[name] for name in brief if name in scores}
-                run.log(numbers, factor * lr, per_step * samples, "captions", file_only=scores)
-                run.save(scores["val_right" if exact_weight else "val_cider"])
-        if progress == 1:
-            break
-        batch = config.my_share(batch_of(lengths, per_step, run.step, seed))  # of the prompts
-        config.seed_step(seed, run.step)  # of augmentation and samples
-        began, in_reward, drafts, said, values = time.perf_counter(), 0.0, [], [], []
-        for some in batch.chunk(accumulation):  # write answers, see what they are worth
-            some = some.tolist()
-            asked, draft = [prompts[i] for i in some], []
-            numbers = list(dict.fromkeys(i for prompt in asked for i in prompt["images"]))
-            texts = [[text for i in some if number in prompts[i]["images"]
-                      for text in mllm.texts_of([prompts[i]]) + reward.texts[i]]
-                     for number in numbers]
-            images = augment_photos(data["images"][numbers].to(dev), texts, sft["crop"], sft["jitter"], sft["mirror"],
-                                    sft.get("train_size", 0))
-            with config.autocast(model):
-                layouts = data["layouts"][numbers].to(dev)
-                all_tokens = model.encode(images, layouts)  # (M, N, C), once for all K samples; as mllm.py trained it
-            for rows, ids, its_images in mllm.prompts_by_length(model, data, asked):
-                tokens, places = all_tokens[[numbers.index(i) for i in its_images]], [some[i] for i in rows]
-                sampled, *captions = write(tokens, ids, temperature=sample_temperature, num_captions=samples)
-                greedy = write(tokens, ids)[1:] if baseline == "greedy" else None
-                in_reward -= time.perf_counter()
-                rewards = reward(*captions, [i for i in places for _ in range(samples)]).view(-1, samples)  # (b, K)
-                advantage = advantages(rewards, None if greedy is None else reward(*greedy, places))
-                in_reward += time.perf_counter()
-                draft.append((tokens, ids, sampled, advantage.flatten().to(dev)))
-                said, values = said + to_words(*captions), values + [rewards]
-            drafts.append(draft)
-        n_tokens, = config.sum_numbers(sum(mllm.answer_mask(sampled, tokenizer.eos_id).sum().item()
-                                           for draft in drafts for _, _, sampled, _ in draft), device=dev)
-        loss = 0.0
-        for draft in drafts:  # learn from them
-            with config.autocast(model):
-                part = sum(scst_loss(mllm.answer_log_probs(model, *some, sample_temperature), advantage)
-                           for *some, advantage in draft) / n_tokens  # of the loss of the batch
-            part.backward()
-            loss += part.detach()
-        loss = config.update(model, optimizers, loss, factor, grad_clip)
-        row = sample_statistics(said, torch.cat(values))
-        row = dict(zip(row, config.sum_numbers(*(v / config.n_processes() for v in row.values()), device=dev)))
-        row["reward_share"] = 100 * in_reward / (time.perf_counter() - began)  # of the step's time, in per cent
-        run.advance(loss, row)
-    run.stop()
+def evaluate(model, data, split, judge):
+    """Return the scores of mllm.evaluate(), and those of the judge."""
+    scores, texts = mllm.evaluate(model, data, split)
+    if judge:
+        scores |= judge.scores(texts)
+    return scores, texts
 
 
-@config.one_line_errors
+@run.one_line_errors
 def main(argv=None):
-    settings, out = config.override(globals(), argv), Path(out_dir)
+    settings = config.override(globals(), argv)
+    out = Path(out_dir)
     if image or prompt or chat or eval_only:
-        return mllm.use(out / "scst.pt", "scst", settings)
-    if baseline == "leave_one_out" and samples < 2:
-        config.fail("baseline=leave_one_out needs samples of at least 2")
-    resumed = config.resume("scst", settings, start="sft")
-    start_from = Path(resumed["sft"]) if resumed else find_sft()
-    model, checkpoint = mllm.load_captioner(start_from, "mllm", device, resumed["dtype"] if resumed else dtype)
-    data, sft = mllm.data_of(model, checkpoint), checkpoint["settings"]  # of the run that trained the captioner
-    print(f"starting from {start_from} ({sft['dataset']}), step {checkpoint['step']}")
-    prompts, references = mllm.prompts_of(data["splits"]["train"])
-    config.check_batch(min(batch_size, len(prompts)), accumulation)
+        return mllm.use("scst", out / "scst.pt", settings)
+    assert baseline in ("greedy", "leave_one_out"), f"baseline={baseline}: greedy or leave_one_out"
+    assert baseline == "greedy" or samples > 1, "baseline=leave_one_out needs samples of at least 2"
+    resumed = run.start("scst", settings)
+    sft_path = Path(resumed["sft"]) if resumed else find_sft()
+    model, sft = mllm.load_captioner(sft_path, "mllm", device, dtype)
+    data = mllm.load_data(model, sft)
+    dev = run.device_of(model)
+    print(f"starting from {sft_path} ({sft['settings']['dataset']}), step {sft['step']}")
+    prompts = mllm.prompts_of(data, "train", model)
+    run.check_batch(min(batch_size, len(prompts)), accumulation)
+    gpt_ckpt = sft["settings"]["gpt_ckpt"]
+    judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev) if gpt_ckpt else None
+    assert judge or not max_surprise, "max_surprise needs a captioner that started from a GPT of stage 2"
+    reward = Reward([prompt["references"] for prompt in prompts], cider_weight, bleu_weight, exact_weight,
+                    max_surprise, judge if max_surprise else None)
+    augmentation = {"size": sft["settings"]["train_size"]}
+    augmentation |= {name: sft["settings"][name] for name in ("crop", "jitter", "mirror")}
+    metric = "right" if exact_weight else "cider"  # chooses the best checkpoint
+
     before = copy.deepcopy(model.state_dict())
     model.vit.requires_grad_(train_vit)
-    optimizers = config.optimizers(model, 0.0, lr, weight_decay)
-    model.eval()  # and so it stays: no dropout in the samples, nor in the pass that learns from them
-    if max_surprise and not data["judges"].gpt:
-        config.fail(f"max_surprise={max_surprise} takes the GPT that {start_from} started from, and there is no file "
-                    f"gpt_ckpt={sft['gpt_ckpt']!r}; or --max_surprise=0")
-    reward = Reward(references, cider_weight, bleu_weight, exact_weight, max_surprise, data["judges"])
-    run = config.Run("scst", settings, sft["dataset"], model, optimizers, resumed, "scst.pt", sft=str(start_from),
-                     sft_settings=sft, asks=data["asks"], tokenizer=checkpoint["tokenizer"],
-                     image_transform=checkpoint["image_transform"])
-    trained, all_of_them = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
-    print(f"{trained:,} of {all_of_them:,} parameters train, on {config.device_of(model)}; baseline {baseline}")
-    train(run, model, optimizers, data, reward, prompts)
-    if not config.is_main():
+    model.eval()  # throughout: no dropout in the samples, nor in the pass that learns from them
+    optimizers = make_optimizers(model, 0.0, lr, weight_decay)
+    step, seconds, best = 0, 0.0, -1.0
+    if resumed:
+        step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
+        run.restore(resumed, model, optimizers)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{n_trained:,} parameters train, on {dev}; baseline {baseline}")
+
+    losses, mean_rewards = [], []  # since the last evaluation
+    start = time.perf_counter()
+    while True:
+        factor = lr_factor(step, max_steps, warmup_steps, cooldown)
+
+        if step % eval_interval == 0 or step == max_steps:
+            row = {"step": step, "lr": factor * lr} | run.pace(losses, time.perf_counter() - start)
+            if mean_rewards:
+                row["reward"] = sum(mean_rewards) / len(mean_rewards)
+            seconds += time.perf_counter() - start  # of training, without evaluations
+            if run.is_main():
+                scores, _ = evaluate(model, data, "val", judge)
+                row |= {f"val_{name}": value for name, value in scores.items()} | {"minutes": seconds / 60}
+                run.log(out, row, ("reward", "val_cider", "val_right", "val_surprising", "lr", "ms_per_step", "minutes"))
+                is_best, best = scores[metric] > best, max(scores[metric], best)
+                checkpoint = run.checkpoint("scst", settings, model, optimizers, step=step, seconds=seconds, best=best,
+                                            sft=str(sft_path), sft_settings=sft["settings"], asks=sft["asks"],
+                                            tokenizer=sft["tokenizer"])
+                if is_best:
+                    run.save(out / "scst.pt", checkpoint)
+                run.save(out / "last.pt", checkpoint)
+            losses, mean_rewards = [], []
+            start = time.perf_counter()
+        if step == max_steps:
+            break
+
+        rows = run.my_share(get_batch(prompts, step))
+        run.seed_step(seed, step)  # of augmentation and samples
+        rollouts = []
+        for part in rows.chunk(accumulation):
+            rollouts += rollout(model, data, prompts, part.tolist(), reward, augmentation)
+        rewards = torch.cat([r.rewards for r in rollouts])
+        n_tokens = run.sum_over_processes(sum(r.mask.sum().item() for r in rollouts), dev)
+        loss = 0.0
+        for r in rollouts:
+            with run.autocast(model):
+                tokens = encode(model, r.inputs)
+                log_probs = model.log_probs(tokens, r.prompts, r.samples, r.mask, sample_temperature)
+                part_loss = scst_loss(log_probs, r.advantages) / n_tokens
+            part_loss.backward()
+            loss += part_loss.detach()
+        losses.append(update(model, optimizers, loss, factor, grad_clip))
+        mean_rewards.append(run.sum_over_processes(rewards.mean().item(), dev) / run.n_processes())
+        step += 1
+        run.show_step(step, max_steps, losses)
+
+    if not run.is_main():
         return
-    plot(out, left=("reward", "greedy"), right=("val_cider",), ylabel="reward")
-    best, captions = [], []
-    print(f"{'':<13}" + "".join(f"{name:>13}" for name in TABLE))
-    for when, weights in (("before", before), ("after", config.load(out / "scst.pt", "scst")["model"])):
+    plot(out, left=("reward",), right=(f"val_{metric}",), ylabel="reward")
+    test_prompts = mllm.prompts_of(data, "test", model)
+    captions = []
+    for when, weights in (("before", before), ("after", run.load(out / "scst.pt", "scst")["model"])):
         model.load_state_dict(weights)
-        for split in ("val", "test"):
-            scores, said = mllm.evaluate_decodings(model, data, split, beams, length_penalty)
-            print(f"{when:<7}{split:<6}" + "".join(f"{scores.get(name, np.nan):>13.2f}" for name in TABLE))
-            if split == "val":
-                best.append(scores["right" if exact_weight else "cider"])
-        if data["asks"]:
-            scores |= mllm.print_kinds(model, data, "test", said)
-        run.log({}, file_only={f"{when}_test_{name}": value for name, value in scores.items()})
-        captions.append(said)
-    if not data["asks"]:
-        for photo, b, a in zip(mllm.prompts_of(data["splits"]["test"])[0][:12], *captions):
-            print(f"{data['names'][photo['images'][0]]}: before: {b} | after: {a}")
-    mllm.draw_answers(out / "before_after.png", data, "test", [f"before: {b}\nafter: {a}" for b, a in zip(*captions)])
-    gain = 100 * (best[1] / max(best[0], 1e-9) - 1)
-    name = "share right" if exact_weight else "CIDEr"
-    print(f"validation {name} {best[0]:.2f} -> {best[1]:.2f} ({gain:+.1f}%) after "
-          f"{run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png, before_after.png, scst.pt")
+        scores, texts = mllm.evaluate_all(model, data, "test", beams, length_penalty)
+        if judge:
+            scores |= judge.scores(texts)
+        captions.append(texts)
+        row = {"step": max_steps} | {f"{when}_test_{name}": value for name, value in scores.items()}
+        run.log(out, row, [name for name in row if "," not in name and name != "step"])
+    titles = [f"before: {b}\nafter: {a}" for b, a in zip(*captions)]
+    answers.draw_answers(out / "before_after.png", data, test_prompts, titles)
+    print(f"best validation {metric} {best:.2f} after {seconds / 60:.1f} minutes of training; "
+          f"wrote {out}/loss.png, before_after.png, scst.pt")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
     python prepare_flickr8k.py && python vit.py config/clip_cpu.py
     python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, people in a street"
 
-Expect 85% of the test images from config/cifar_cpu.py, in 20 minutes on two CPU cores with AVX512-BF16 (one seed); and
-from config/clip_cpu.py, for 30% of 1,000 test photos, an own caption among the ten nearest, in 10 minutes.
 A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png to out_dir. The
 best checkpoint is chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
 """
 
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,12 @@ import torch
 import torch.nn.functional as F
 
 import config
-from config.tools.data import augment_photos, load_data, load_photos, open_images, pad_texts, shift_and_mirror, \
-    to_pixels
-from config.tools.pictures import plot, save_grid
+from config.tools import run
+from config.tools.data import (augment_photos, load_data, load_photos, open_images, pad_texts,
+                               shift_and_mirror, to_pixels)
+from config.tools.metrics import recalls
+from config.tools.optim import lr_factor, make_optimizers, update
+from config.tools.pictures import fade, plot, save_grid
 from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
 # the run
@@ -31,28 +33,24 @@ init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates: train, val or test
 image = ""  # classify this file, folder or URL and stop
-device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # float32 or bfloat16, whichever multiplies matrices faster here
-compile = False  # torch.compile: a minute at the start, faster steps on a GPU
-seed = 1337  # of everything random: weights, batches, dropout, samples
 texts = "a dog, a child, people, a ball, a bicycle, water, snow, a street"  # among which CLIP chooses for the image
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
+seed = 1337  # of everything random: weights, batches, augmentation, dropout
 # data
 task = "classify"  # learn the classes of CIFAR-10; or clip: match photos with their captions
 dataset = "cifar10"  # for clip the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
-n_val = 5000  # images held out from CIFAR-10's training set
 batch_size = 256  # images per step, over all processes
-accumulation = 1  # parts that a process cuts its share of the batch into: less memory
-image_size = 64  # CIFAR's 32 pixels doubled: the stem's first convolution has stride 2, and stage 3 sees large photos
-first_size = 32  # the images grow from this size, patch by patch: with a quarter of the tokens a step takes a third
-train_size = 0  # clip: and grow to this size; smaller than image_size, since crops look larger; 0: image_size
-growth = 0.7  # the part of the run in which they grow; 0: all images have image_size
+accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
+image_size = 64  # CIFAR's 32 pixels doubled: the stem halves the image at once, and stage 3 sees large photos
+first_size = 32  # images grow from this size, patch by patch: a quarter of the patches take a third of the time
+train_size = 0  # clip: and grow to this size, below image_size since things look larger in crops; 0: image_size
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
-shift = 4  # CIFAR-10's images move by up to so many of their 32 pixels
 crop = 0.5  # clip: smallest share of its area that is seen of a training photo
 jitter = 0.3  # clip: brightness, contrast and saturation of a training photo change by up to this factor
 max_tokens = 32  # clip: longest caption
 # model
-vit_ckpt = ""  # clip: checkpoint of a classifier, whose ViT it starts from, of the same size; empty: from nothing
+vit_ckpt = ""  # clip: checkpoint of a classifier, whose ViT it starts from; empty: from random weights
 patch_size = 8  # of the doubled pixels: 8x8 tokens per image
 n_layer = 6  # blocks
 n_head = 6  # attention heads per block
@@ -61,21 +59,22 @@ dropout = 0.0  # augmentation does more at this size
 patch_dropout = 0.0  # share of the patches that are left out in training
 activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
-stem = "conv"  # or residual, with more convolutions; or patch, one linear layer as in the ViT paper, for more data
+stem = "residual"  # convolutions; or patch: one linear layer as in the ViT paper, for more data
 label_smoothing = 0.1  # share of CIFAR-10's target that is spread over all classes
-words_weight = 0.0  # clip: in the loss, of predicting the words of a photo's captions; 0: matching alone
-text_layer = 2  # clip: blocks of the text encoder
-text_embd = 128  # clip: its channels, and those of the space that photos and captions share
+words_weight = 1.0  # clip: in the loss, of predicting the words of a photo's captions; 0: matching alone
 # optimization
-max_steps = 20000  # 0: max_minutes alone decides
-max_minutes = 0.0  # 0: max_steps alone decides; else whichever comes first
+max_steps = 20000  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
 adam_lr = 4e-3  # peak rate of everything else
 weight_decay = 0.05  # of matrices and embeddings, relative to the rate
 warmup_steps = 100  # steps in which the rate rises to its peak
 cooldown = 0.8  # the last part of the run, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
-eval_interval = 250  # steps between lines of the log
+eval_interval = 250  # steps between evaluations
+
+N_VAL = 5000  # images held out from CIFAR-10's training set
+SHIFT = 4  # CIFAR-10's images move by up to so many of their 32 pixels
+GROWTH = 0.7  # the part of the run in which images grow
 
 
 def resize(images, size):
@@ -84,112 +83,120 @@ def resize(images, size):
     return images if images.size(-1) == size else F.interpolate(images, (size, size), mode="bilinear")
 
 
-def size_at(progress):
-    """Pixels a side of the images at this point of the run: from first_size on, a patch more after equal times (Tan and
-    Le 2021, EfficientNetV2, without their stronger augmentation for larger images)."""
+def size_at(step):
+    """Return the side of the images at a step: from first_size on, a patch more at equal intervals (Tan and Le 2021,
+    EfficientNetV2, without their stronger augmentation of larger images)."""
     last_size = train_size or image_size
-    if progress >= growth or first_size == last_size:
-        return last_size
-    sizes = range(first_size, last_size, patch_size)
-    return sizes[int(len(sizes) * progress / growth)]
+    sizes = list(range(first_size, last_size, patch_size))
+    i = int(len(sizes) * (step / max_steps) / GROWTH)
+    return sizes[i] if i < len(sizes) else last_size
 
 
-# CIFAR-10: what is on the image? -------------------------------------------------------------------------------------
+# CIFAR-10: what is in the image? -------------------------------------------------------------------------------------
 
 def load_cifar():
-    """{images (60000, 3, 32, 32) uint8, labels (60000,), classes: their names, splits: {train, val, test: indices}}"""
-    read = lambda name: load_data(f"data/cifar10/{name}", "python prepare_cifar.py")
-    both = lambda kind: torch.from_numpy(np.concatenate([read(f"{split}_{kind}.npy") for split in ("train", "test")]))
-    images, labels, n = both("images"), both("labels").long(), len(read("train_labels.npy"))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))  # the same split in every run
-    return {"images": images, "labels": labels, "classes": read("classes.json"), "size": images.size(-1),
-            "splits": {"train": order[n_val:], "val": order[:n_val], "test": torch.arange(n, len(images))}}
+    """Return {images (60000, 3, 32, 32) uint8, labels (60000,), classes: their names, size: of the images in pixels,
+    splits: {train, val, test: indices}}."""
+    arrays = {}
+    for kind in ("images", "labels"):
+        both = [load_data(f"data/cifar10/{split}_{kind}.npy", "python prepare_cifar.py") for split in ("train", "test")]
+        arrays[kind] = torch.from_numpy(np.concatenate(both))
+    n_train = len(arrays["labels"]) * 5 // 6
+    order = torch.randperm(n_train, generator=torch.Generator().manual_seed(0))  # the same split in every run
+    splits = {"train": order[N_VAL:], "val": order[:N_VAL], "test": torch.arange(n_train, len(arrays["labels"]))}
+    return {"images": arrays["images"], "labels": arrays["labels"].long(), "splits": splits,
+            "classes": load_data("data/cifar10/classes.json", "python prepare_cifar.py"), "size": 32}
 
 
 def new_classifier(data):
     pixels = data["images"][data["splits"]["train"]].float()
-    mean, std = pixels.mean(dim=(0, 2, 3)).tolist(), pixels.std(dim=(0, 2, 3)).tolist()
     return ViT(ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(data["classes"]), dropout, activation,
-                         norm, stem, label_smoothing, tuple(mean), tuple(std), patch_dropout=patch_dropout))
+                         norm, stem, label_smoothing, tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
+                         tuple(pixels.std(dim=(0, 2, 3)).tolist()), patch_dropout))
 
 
-def learn_classes(model, run_model, data, rows, size, step):
-    """Add the gradient of this process's share of a batch, rows of the training images; returns its share of the loss.
-    size: pixels a side that the model sees."""
-    rows = config.my_share(data["splits"]["train"][rows]).to(data["images"].device)
-    config.seed_step(seed, step)  # of augmentation and dropout
-    x, y = data["images"][rows], data["labels"][rows]
-    x = shift_and_mirror(x, shift, (torch.rand(len(rows), device=x.device) < 0.5) & mirror)
+def learn_classes(model, data, rows, step):
+    """Add the gradient of a batch, rows of the training images. Return the loss. Both are this process's share."""
+    size = size_at(step)
+    rows = data["splits"]["train"][run.my_share(rows)].to(data["images"].device)
+    is_mirrored = (torch.rand(len(rows), device=rows.device) < 0.5) & mirror
+    images = shift_and_mirror(data["images"][rows], SHIFT, is_mirrored)
+    labels = data["labels"][rows]
     loss = 0.0
-    for x_part, y_part in zip(x.chunk(accumulation), y.chunk(accumulation)):
-        with config.autocast(model):
-            part = run_model(resize(x_part, size), y_part)[1] * len(x_part) / batch_size  # of the loss of the batch
-        part.backward()
-        loss += part.detach()
+    for x, y in zip(images.chunk(accumulation), labels.chunk(accumulation)):
+        with run.autocast(model):
+            _, part_loss = model(resize(x, size), y)
+            part_loss = part_loss * len(x) / batch_size
+        part_loss.backward()
+        loss += part_loss.detach()
     return loss
 
 
 @torch.no_grad()
-def predict(model, images, batch_size=500):
+def predict(model, images):
     """(n, 3, H, W) -> (n, n_classes) float32 logits on the CPU, the mean of those of an image and its mirror image."""
-    logits, dev = [], config.device_of(model)
-    with evaluating(model), config.autocast(model):
-        for batch in images.split(batch_size):
-            x = resize(batch.to(dev), model.config.image_size)
-            logits.append(((model(x)[0].float() + model(x.flip(3))[0].float()) / 2).cpu())
+    logits = []
+    with evaluating(model), run.autocast(model):
+        for batch in images.split(500):
+            x = resize(batch.to(run.device_of(model)), model.config.image_size)
+            both = model(x)[0].float() + model(x.flip(3))[0].float()
+            logits.append(both.cpu() / 2)
     return torch.cat(logits)
 
 
-def evaluate_classes(model, data, split, report=False):
-    """{"": loss, "_accuracy": per cent} of a split. report: print the accuracy of each class."""
+def evaluate_classes(model, data, split):
+    """Return {split: loss, split_accuracy: per cent}."""
     rows = data["splits"][split].to(data["images"].device)
-    logits, labels = predict(model, data["images"][rows]), data["labels"][rows].cpu()
-    right = (logits.argmax(dim=1) == labels).float()
-    if report:
-        print("per class: " + ", ".join(f"{name} {100 * right[labels == i].mean().item():.1f}%"
-                                        for i, name in enumerate(data["classes"])))
-    return {"": F.cross_entropy(logits, labels).item(), "_accuracy": 100 * right.mean().item()}
+    labels = data["labels"][rows].cpu()
+    logits = predict(model, data["images"][rows])
+    is_right = (logits.argmax(dim=1) == labels).float()
+    return {split: F.cross_entropy(logits, labels).item(), f"{split}_accuracy": 100 * is_right.mean().item()}
 
 
 @torch.no_grad()
-def draw_predictions(model, data, rows, path, size=128):
+def draw_predictions(model, data, rows, path):
     """Draw images, each beside itself lit by the attention of the pooling, with the predicted class, and the right one
-    where that is wrong. size: pixels a side of a picture."""
-    images, labels, classes = data["images"][rows].cpu(), data["labels"][rows].tolist(), data["classes"]
-    with evaluating(model), config.autocast(model):
-        features = model.features(resize(images.to(config.device_of(model)), model.config.image_size))
-        attention = model.pool.attn_weights(features).float().mean(dim=2)  # (n, N), the mean of the heads
+    if that is wrong."""
+    images = data["images"][rows].cpu()
+    with evaluating(model), run.autocast(model):
+        features = model.features(resize(images.to(run.device_of(model)), model.config.image_size))
+        attention = model.pool.attn_weights(features).mean(dim=2)  # (n, N), the mean of the heads
         predicted = model.head(model.pool(features)).argmax(dim=1).tolist()
-    grid = (attention / attention.amax(dim=1, keepdim=True)).view(len(images), 1, model.grid, model.grid)
-    light = F.interpolate(grid, (size, size), mode="bilinear").cpu()  # (n, 1, size, size)
-    photos = F.interpolate(images.float(), (size, size))
-    pictures = torch.cat((photos, photos * (0.2 + 0.8 * light)), dim=3).byte()
-    titles = [classes[i] + (f", wrong: {classes[j]}" if i != j else "") for i, j in zip(predicted, labels)]
+    photos = F.interpolate(images, 128)
+    pictures = torch.cat((photos, fade(photos, attention.float().cpu()[None])[0]), dim=3)
+    titles = []
+    for guess, label in zip(predicted, data["labels"][rows].tolist()):
+        wrong = f", wrong: {data['classes'][guess]}" if guess != label else ""
+        titles.append(data["classes"][label] + wrong)
     save_grid(path, list(pictures), titles, columns=5)
-    print(f"wrote {path}")
 
 
 # CLIP: which caption belongs to which photo? -------------------------------------------------------------------------
 
 def load_captioned():
-    """{images (n, 3, image_size, image_size) uint8, captions: n lists, splits: {split: indices}, tokenizer}"""
-    images, _, table, tokenizer = load_photos(dataset, image_size)
-    if images.ndim == 5:
-        config.fail(f"data/{dataset} holds tiles; for CLIP, run prepare_flickr8k.py without max_tiles")
-    if "captions" not in table:
-        config.fail(f"data/{dataset} holds conversations; CLIP learns from captions")
-    return {"images": torch.from_numpy(images), "captions": table["captions"], "tokenizer": tokenizer,
-            "size": image_size, "splits": {split: torch.tensor(rows) for split, rows in table["splits"].items()}}
+    """Return {images (n, 3, image_size, image_size) uint8, captions: n lists, words: see word_shares(), tokenizer,
+    size: of the images in pixels, splits: {train, val, test: indices}}."""
+    images, table, tokenizer = load_photos(dataset, image_size)
+    assert torch.is_tensor(images), f"data/{dataset} holds tiles; for CLIP, run prepare_flickr8k.py without max_tiles"
+    assert "captions" in table, f"data/{dataset} holds conversations; CLIP learns from captions"
+    splits = {split: torch.tensor(rows) for split, rows in table["splits"].items()}
+    words = word_shares([table["captions"][i] for i in table["splits"]["train"]], tokenizer)
+    return {"images": images, "captions": table["captions"], "words": words, "tokenizer": tokenizer,
+            "size": image_size, "splits": splits}
 
 
 def word_shares(captions, tokenizer):
-    """n lists of captions -> (n, vocab_size), rows of sum 1: in how many captions of a photo a token is, times the
-    logarithm of one over the share of photos that have it; at most 5, or the rarest tokens would be most of it."""
+    """Return (n, vocab_size) shares of the words in the captions (n lists) of each photo, which sum to 1.
+
+    A word counts by the number of captions that have it, times the logarithm of one over the share of photos that have
+    it; at most 5, or the rarest words would dominate.
+    """
     counts = torch.zeros(len(captions), tokenizer.vocab_size)
-    for row, texts in zip(counts, captions):
-        for text in texts:
-            row[list(set(tokenizer.encode(text)))] += 1
-    rarity = (len(captions) / (counts > 0).sum(dim=0).clamp(min=1)).log().clamp(max=5)
+    for i, photo_captions in enumerate(captions):
+        for caption in photo_captions:
+            counts[i, list(set(tokenizer.encode(caption)))] += 1
+    n_photos = (counts > 0).sum(dim=0).clamp(min=1)
+    rarity = (len(captions) / n_photos).log().clamp(max=5)
     return F.normalize(counts * rarity, p=1, dim=1)
 
 
@@ -197,107 +204,101 @@ def new_clip(data):
     vit = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, 0, dropout, activation, norm, stem,
                     patch_dropout=patch_dropout)
     if vit_ckpt:
-        checkpoint = config.load(vit_ckpt, "vit")
-        if "classes" not in checkpoint:
-            config.fail(f"{vit_ckpt} is no classifier")
-        vit = dataclasses.replace(ViTConfig(**checkpoint["config"]), n_classes=0, dropout=dropout,
-                                  patch_dropout=patch_dropout)
-        if vit.patch_size != patch_size:
-            config.fail(f"{vit_ckpt} has patch_size={vit.patch_size}; give that, instead of {patch_size}")
-    model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, text_layer, n_embd=text_embd,
-                            n_shared=text_embd, dropout=dropout, words=words_weight > 0))
+        checkpoint = run.load(vit_ckpt, "vit")
+        assert "classes" in checkpoint, f"{vit_ckpt} is not a classifier"
+        vit = ViTConfig(**checkpoint["config"] | {"n_classes": 0, "dropout": dropout, "patch_dropout": patch_dropout})
+        assert vit.patch_size == patch_size, f"{vit_ckpt} has patch_size={vit.patch_size}, not {patch_size}"
+    model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, dropout=dropout))
     if vit_ckpt:
         model.vit.load_state_dict({name: w for name, w in checkpoint["model"].items() if not name.startswith("head.")})
         print(f"ViT of {vit_ckpt}, step {checkpoint['step']}")
     return model
 
 
-def learn_matching(model, run_model, data, rows, size, step):
-    """Add the gradient of this process's share of a batch of photos, each with one of its captions; returns its share
-    of the loss. Every photo is compared with all texts of the batch: where several processes or parts compute it, a
-    first pass without gradients embeds what the others hold."""
-    photos, draw = data["splits"]["train"][rows].tolist(), config.shared_generator(seed, step)
-    captions = [data["captions"][p][torch.randint(len(data["captions"][p]), (), generator=draw).item()] for p in photos]
-    photos, captions = config.my_share(photos), config.my_share(captions)
-    config.seed_step(seed, step)  # of augmentation and dropout
-    x = data["images"][photos].to(config.device_of(model))
-    x = augment_photos(x, [[caption] for caption in captions], crop, jitter, mirror, size)
-    ids = pad_texts(captions, data["tokenizer"], max_tokens).to(x.device)
-    words = [None] * accumulation
-    if words_weight:
-        words = data["words"][config.my_share(rows)].to(x.device).chunk(accumulation)
-    parts = list(zip(x.chunk(accumulation), ids.chunk(accumulation), words))
-    loss, n_parts = 0.0, accumulation * config.n_processes()
+def learn_matching(model, data, rows, step):
+    """Add the gradient of a batch, rows of the training photos, each with one of its captions. Return the loss. Both
+    are this process's share."""
+    size = size_at(step)
+    draw = run.shared_generator(seed, step)
+    photos = data["splits"]["train"][rows].tolist()
+    choices = [torch.randint(len(data["captions"][i]), (), generator=draw).item() for i in photos]
+    captions = run.my_share([data["captions"][i][k] for i, k in zip(photos, choices)])
+    photos = run.my_share(photos)
+    dev = run.device_of(model)
+    images = data["images"][photos].to(dev)
+    images = augment_photos(images, [[caption] for caption in captions], crop, jitter, mirror, size)
+    images = resize(images, size)
+    ids = pad_texts(captions, data["tokenizer"], max_tokens).to(dev)
+    words = data["words"][run.my_share(rows)].to(dev)
+    if accumulation * run.n_processes() > 1:
+        return learn_matching_in_parts(model, images, ids, words)
+    with run.autocast(model):
+        pooled = model.vit.pooled(images)
+        image_vectors = model.embed_pooled(pooled)
+        text_vectors = model.embed_texts(ids)
+        word_logits = model.words_head(pooled)
+    loss = model.loss(image_vectors, text_vectors)
+    loss = loss + words_weight * F.cross_entropy(word_logits.float(), words)
+    loss.backward()
+    return loss.detach()
 
-    def embed_part(x, ids):
-        with config.autocast(model):
-            of_images, of_texts, logits = run_model(resize(x, size), ids)
-            return torch.stack((of_images, of_texts)), logits  # (2, b, n_shared)
 
-    if n_parts > 1:
-        with torch.no_grad():
-            mine = torch.cat([embed_part(x, ids)[0] for x, ids, _ in parts], dim=1)
-        everyone = torch.cat(config.gather(mine), dim=1)  # (2, B, n_shared)
-    for i, (x, ids, words) in enumerate(parts, config.rank() * accumulation):
-        own, logits = embed_part(x, ids)
-        batch, b = own, own.size(1)
-        if n_parts > 1:  # the gradient goes to this part's vectors alone
-            batch = torch.cat((everyone[:, :i * b], own, everyone[:, (i + 1) * b:]), dim=1)
-        part_loss = model.loss(*batch)  # of the whole batch
-        loss += part_loss.detach() / n_parts
-        if words_weight:
-            of_words = words_weight * F.cross_entropy(logits.float(), words) / n_parts  # of this part's photos
-            loss += of_words.detach()
-            part_loss = part_loss + of_words
-        part_loss.backward()
-    model.log_scale.grad /= n_parts  # each part gave all of it
+def learn_matching_in_parts(model, images, ids, words):
+    """Do the same where several processes or parts share a batch, in which every photo is compared with all texts.
+
+    A first pass without gradients embeds all of the batch, from which follow the loss and its gradient with respect to
+    each vector. A second pass, part by part, takes these gradients back to the weights (GradCache, Gao et al. 2021).
+    """
+    parts = list(zip(images.chunk(accumulation), ids.chunk(accumulation), words.chunk(accumulation)))
+    n_processes = run.n_processes()
+    with torch.no_grad(), run.autocast(model):
+        vectors = [torch.stack((model.embed_images(x), model.embed_texts(y))) for x, y, _ in parts]
+        own = torch.cat(vectors, dim=1)  # (2, b, n_shared)
+    batch = torch.cat(run.gather(own), dim=1).requires_grad_()  # (2, B, n_shared)
+    loss = model.loss(*batch) / n_processes  # all processes compute all of it
+    loss.backward()
+    loss = loss.detach()
+    own_gradient = batch.grad.chunk(n_processes, dim=1)[run.rank()] * n_processes
+    for (x, y, w), gradient in zip(parts, own_gradient.chunk(accumulation, dim=1)):
+        with run.autocast(model):
+            pooled = model.vit.pooled(x)
+            vectors = torch.stack((model.embed_pooled(pooled), model.embed_texts(y)))
+            word_logits = model.words_head(pooled)
+        words_loss = F.cross_entropy(word_logits.float(), w) * words_weight / (accumulation * n_processes)
+        torch.autograd.backward([vectors, words_loss], [gradient, None])
+        loss += words_loss.detach()
     return loss
 
 
 @torch.no_grad()
-def embed(model, images, size, captions, tokenizer, batch_size=500):
+def embed(model, images, size, captions, tokenizer):
     """(n, 3, H, W) images, resized to size, and m str -> (n, n_shared) and (m, n_shared) unit vectors, on the CPU"""
-    dev, ids = config.device_of(model), pad_texts(captions, tokenizer, model.config.max_tokens)
-    with evaluating(model), config.autocast(model):
-        of_images = [model.embed_images(resize(some.to(dev), size)).cpu() for some in images.split(batch_size)]
-        of_texts = [model.embed_texts(some.to(dev)).cpu() for some in ids.split(batch_size)]
-    return torch.cat(of_images), torch.cat(of_texts)
+    dev = run.device_of(model)
+    ids = pad_texts(captions, tokenizer, model.config.max_tokens)
+    with evaluating(model), run.autocast(model):
+        image_vectors = [model.embed_images(resize(batch.to(dev), size)).cpu() for batch in images.split(500)]
+        text_vectors = [model.embed_texts(batch.to(dev)).cpu() for batch in ids.split(500)]
+    return torch.cat(image_vectors), torch.cat(text_vectors)
 
 
-def recalls(cosines, owner):
-    """(n, m) cosines of photos and captions, (m,) the photo of each caption -> per cent. _text5: how many photos have
-    an own caption among the five nearest captions; _photo5: how many captions have their photo among the five."""
-    n, m = cosines.shape
-    scores = {}
-    for k in (1, 5, 10):
-        own = owner[cosines.topk(min(k, m), dim=1).indices] == torch.arange(n)[:, None]
-        scores[f"_text{k}"] = 100 * own.any(dim=1).float().mean().item()
-        own = cosines.topk(min(k, n), dim=0).indices == owner
-        scores[f"_photo{k}"] = 100 * own.any(dim=0).float().mean().item()
-    return scores
-
-
-def evaluate_matching(model, data, split, report=False):
-    """{"": loss, "_recall": mean of _text10 and _photo10, and recalls()} of a split. report: print what they mean."""
-    if report:
-        print("text10, photo10: for how many photos one of the ten nearest captions is theirs, and for how many "
-              "captions their photo is among the ten nearest; chance is ten over the number of photos")
+def evaluate_matching(model, data, split):
+    """Return {split: loss, split_recall: the mean of text10 and photo10, and all of recalls()}."""
     photos = data["splits"][split]
-    captions = [data["captions"][p] for p in photos.tolist()]
-    owner = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    captions = [data["captions"][i] for i in photos.tolist()]
+    owner = torch.tensor([i for i, photo_captions in enumerate(captions) for _ in photo_captions])
     images, texts = embed(model, data["images"][photos], data["size"], sum(captions, []), data["tokenizer"])
-    scores = recalls(images @ texts.T, owner)
+    scores = {f"{split}_{name}": value for name, value in recalls(images @ texts.T, owner).items()}
     first = torch.searchsorted(owner, torch.arange(len(photos)))  # the first caption of each photo
-    dev = config.device_of(model)
-    losses = [model.loss(images[some].to(dev), texts[first[some]].to(dev)).item()
-              for some in torch.arange(len(photos)).split(batch_size)]
-    return {"": float(np.mean(losses)), "_recall": (scores["_text10"] + scores["_photo10"]) / 2} | scores
+    pairs = zip(images.split(batch_size), texts[first].split(batch_size))
+    losses = [model.loss(x, y).item() for x, y in pairs]
+    recall = (scores[f"{split}_text10"] + scores[f"{split}_photo10"]) / 2
+    return {split: sum(losses) / len(losses), f"{split}_recall": recall} | scores
 
 
 # the run -------------------------------------------------------------------------------------------------------------
 
 def load_model(checkpoint):
-    """The classifier or the CLIP that a run of this stage has saved."""
+    """Return the classifier or the CLIP that a run of this stage has saved."""
     c = checkpoint["config"]
     model = ViT(ViTConfig(**c)) if "classes" in checkpoint else CLIP(CLIPConfig.from_dict(c))
     model.load_state_dict(checkpoint["model"])
@@ -305,110 +306,114 @@ def load_model(checkpoint):
 
 
 @torch.no_grad()
-def classify(model, checkpoint, where, out):
-    """Print the five likeliest classes, or with CLIP the nearest of texts, of the images at where, and draw them."""
-    opened, broken = open_images(where)
-    photos = [(name, images[0]) for name, images in opened]
-    size = checkpoint["image_transform"]["size"]  # of the training images, which a photo is to look like
-    inputs, titles = torch.stack([to_pixels(photo, size) for _, photo in photos]), []
+def classify(model, checkpoint):
+    """Print the likeliest classes, or with CLIP the nearest of texts, of a user's images, and draw them."""
+    opened, broken = open_images(image)
+    photos = [images[0] for _, images in opened]
+    inputs = torch.stack([to_pixels(photo, checkpoint["image_size"]) for photo in photos])
     if "classes" in checkpoint:
-        names, logits = checkpoint["classes"], predict(model, inputs)
+        labels = checkpoint["classes"]
+        logits = predict(model, inputs)
     else:
-        names = [text.lower().strip(" .") for text in texts.split(",") if text.strip(" .")]  # as in the training
-        if not names:
-            config.fail('texts is empty: which texts may describe the image? Such as --texts="a dog, a cat"')
-        vectors = embed(model, inputs, size, names, tokenizer_from_state(checkpoint["tokenizer"]))
-        logits = model.logits(*(v.to(config.device_of(model)) for v in vectors)).cpu()
-    for (name, _), row in zip(photos, logits):
-        top = row.softmax(dim=0).topk(min(5, len(names)))
-        lines = [f"{names[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())]
+        labels = [text.lower().strip(" .") for text in texts.split(",")]  # like the captions of the training
+        vectors = embed(model, inputs, checkpoint["image_size"], labels, tokenizer_from_state(checkpoint["tokenizer"]))
+        logits = model.logits(*(v.to(run.device_of(model)) for v in vectors)).cpu()
+    titles = []
+    for (name, _), probs in zip(opened, logits.softmax(dim=1)):
+        top = probs.topk(min(5, len(labels)))
+        lines = [f"{labels[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())]
         print(f"{name}: " + ", ".join(lines))
         titles.append("\n".join([name, *lines]))
-    save_grid(out / "classified.png", [to_pixels(photo, 256) for _, photo in photos], titles, min(4, len(photos)))
-    print(f"wrote {out / 'classified.png'}")
-    if broken:
-        config.fail(f"not images that Pillow can read: {', '.join(broken)}")
+    save_grid(Path(out_dir, "classified.png"), [to_pixels(photo, 256) for photo in photos], titles)
+    print(f"wrote {out_dir}/classified.png")
+    assert not broken, f"not images that Pillow can read: {', '.join(broken)}"
 
 
-@config.one_line_errors
+@run.one_line_errors
 def main(argv=None):
     settings = config.override(globals(), argv)
-    dev, out, clip = config.pick_device(device), Path(out_dir), task == "clip"
-    evaluate = evaluate_matching if clip else evaluate_classes
+    out = Path(out_dir)
+    assert task in ("classify", "clip"), f"task={task}: classify or clip"
+    assert task != "clip" or dataset != "cifar10", "task=clip learns from captions: see config/clip_cpu.py"
+    for name in ("first_size", "train_size"):
+        assert settings[name] % patch_size == 0, f"{name}={settings[name]} is not a multiple of patch_size={patch_size}"
+    learn, evaluate, score = learn_classes, evaluate_classes, "accuracy"
+    if task == "clip":
+        learn, evaluate, score = learn_matching, evaluate_matching, "recall"
+    dev = run.pick_device(device)
     if image or eval_only:
-        checkpoint = config.load(out / "best.pt", "vit")
-        model = config.place(load_model(checkpoint), dev, dtype)
+        checkpoint = run.load(out / "best.pt", "vit")
+        model = run.place(load_model(checkpoint), dev, dtype)
         if image:
-            return classify(model, checkpoint, image, out)
-        if checkpoint["settings"]["task"] != task:
-            config.fail(f"{out / 'best.pt'} has learnt task={checkpoint['settings']['task']}; give that")
-        if not clip and n_val != checkpoint["settings"]["n_val"]:
-            config.fail(f"n_val={n_val}: the run held {checkpoint['settings']['n_val']} images out; give that")
-    elif vit_ckpt and not clip:
-        config.fail(f"vit_ckpt={vit_ckpt} is for task=clip; a classifier of CIFAR-10 starts from nothing")
-    if growth and (first_size % patch_size or not 0 < first_size <= image_size):
-        config.fail(f"first_size={first_size}: a multiple of patch_size={patch_size}, up to image_size={image_size}")
-    if clip and dataset == "cifar10":
-        config.fail("task=clip learns from photos with captions: --dataset=flickr8k, or config/clip_cpu.py")
-    data = load_captioned() if clip else load_cifar()
+            return classify(model, checkpoint)
+        trained_task = checkpoint["settings"]["task"]
+        assert trained_task == task, f"{out}/best.pt has learnt task={trained_task}; give that"
+
+    data = load_cifar() if task == "classify" else load_captioned()
     if eval_only:
-        if clip:
-            data["tokenizer"] = tokenizer_from_state(checkpoint["tokenizer"])
-        scores = evaluate(model, data, eval_split, report=True)
-        print(f"{out / 'best.pt'}, step {checkpoint['step']}: "
-              + " | ".join(f"{eval_split}{name} {value:.4g}" for name, value in scores.items()))
+        scores = evaluate(model, data, eval_split)
+        print(f"{out}/best.pt: " + " | ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         return
-
-    if train_size and (train_size % patch_size or train_size < first_size):
-        config.fail(f"train_size={train_size}: a multiple of patch_size={patch_size}, at least first_size={first_size}")
     n_train = len(data["splits"]["train"])
-    print(f"{dataset}: {n_train:,} images to train on, {len(data['splits']['val']):,} to validate")
-    if n_train < batch_size:
-        config.fail(f"batch_size={batch_size} is larger than the training set of {n_train} images")
-    config.check_batch(batch_size, accumulation)
-    about = {"image_transform": {"size": data["size"]}}  # for the checkpoints
-    about |= {"tokenizer": data["tokenizer"].state()} if clip else {"classes": data["classes"]}
-    resumed = config.resume("vit", settings, tokenizer=about.get("tokenizer"))
+    assert n_train >= batch_size, f"batch_size={batch_size} is larger than the training set of {n_train} images"
+    run.check_batch(batch_size, accumulation)
+
+    resumed = run.start("vit", settings)
     torch.manual_seed(seed)
-    model = load_model(resumed) if resumed else new_clip(data) if clip else new_classifier(data)
-    model = config.place(model, dev, resumed["dtype"] if resumed else dtype)
-    optimizers = config.optimizers(model, muon_lr, adam_lr, weight_decay)
-    if clip and words_weight:
-        data["words"] = word_shares([data["captions"][p] for p in data["splits"]["train"].tolist()], data["tokenizer"])
-    if not clip:  # all of CIFAR-10 on the device
+    model = new_classifier(data) if task == "classify" else new_clip(data)
+    model = run.place(model, dev, dtype)
+    optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+    step, seconds, best = 0, 0.0, 0.0
+    if resumed:
+        step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
+        run.restore(resumed, model, optimizers)
+    about = {"image_size": data["size"]}  # what using the model needs to know
+    if task == "classify":
         data |= {"images": data["images"].to(dev), "labels": data["labels"].to(dev)}
-    score = "val_recall" if clip else "val_accuracy"
-    run = config.Run("vit", settings, dataset, model, optimizers, resumed, **about)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {dev}")
-    run_model, learn = config.maybe_compile(model, compile), learn_matching if clip else learn_classes
+        about["classes"] = data["classes"]
+    else:
+        about["tokenizer"] = data["tokenizer"].state()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{dataset}: {n_train:,} images to train on; {n_parameters:,} parameters on {dev}")
 
+    losses = []  # since the last evaluation
+    start = time.perf_counter()
     while True:
-        progress = run.progress()  # from 0 to 1, by steps or by minutes
-        factor = config.lr_factor(run.step, progress, warmup_steps, cooldown)
-        if run.due():
-            with run.paused():
-                scores = {f"val{name}": value for name, value in evaluate(model, data, "val").items()}
-                run.log({name: scores[name] for name in ("val", score)}, factor * adam_lr, batch_size, "img",
-                        file_only=scores)
-                run.save(scores[score])
-        if progress == 1:
-            break
-        rows = config.epoch_rows(n_train, batch_size, run.step, seed)
-        loss = learn(model, run_model, data, rows, size_at(progress), run.step)
-        run.advance(config.update(model, optimizers, loss, factor, grad_clip))
+        factor = lr_factor(step, max_steps, warmup_steps, cooldown)
 
-    run.stop()
-    if not config.is_main():
-        return
-    plot(out, right=(score,))
-    model.load_state_dict(config.load(out / "best.pt", "vit")["model"])
-    scores = {f"test{name}": value for name, value in evaluate(model, data, "test", report=True).items()}
-    if not clip:
-        draw_predictions(model, data, data["splits"]["test"][:25], out / "predictions.png")
-    run.log({}, file_only=scores)
-    print(" | ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in scores.items()))
-    print(f"best validation {score.removeprefix('val_')} {run.best:.2f} "
-          f"after {run.seconds() / 60:.1f} minutes of training; wrote {out}/loss.png")
+        if step % eval_interval == 0 or step == max_steps:
+            row = {"step": step, "lr": factor * adam_lr} | run.pace(losses, time.perf_counter() - start)
+            seconds += time.perf_counter() - start  # of training, without evaluations
+            if run.is_main():
+                row |= evaluate(model, data, "val") | {"minutes": seconds / 60}
+                run.log(out, row, ("train", "val", f"val_{score}", "lr", "ms_per_step", "minutes"))
+                is_best = row[f"val_{score}"] > best
+                best = max(row[f"val_{score}"], best)
+                checkpoint = run.checkpoint("vit", settings, model, optimizers, step=step, seconds=seconds, best=best,
+                                            **about)
+                if is_best:
+                    run.save(out / "best.pt", checkpoint)
+                run.save(out / "last.pt", checkpoint)
+            losses = []
+            start = time.perf_counter()
+        if step == max_steps:
+            break
+
+        rows = run.epoch_rows(n_train, batch_size, step, seed)
+        run.seed_step(seed, step)  # of augmentation and dropout
+        loss = learn(model, data, rows, step)
+        losses.append(update(model, optimizers, loss, factor, grad_clip))
+        step += 1
+        run.show_step(step, max_steps, losses)
+
+    if run.is_main():
+        plot(out, right=(f"val_{score}",))
+        model.load_state_dict(run.load(out / "best.pt", "vit")["model"])
+        scores = evaluate(model, data, "test")
+        run.log(out, {"step": step} | scores, scores)
+        if task == "classify":
+            draw_predictions(model, data, data["splits"]["test"][:25], out / "predictions.png")
+        print(f"best validation {score} {best:.2f} after {seconds / 60:.1f} minutes of training; wrote {out}/*.png")
 
 
 if __name__ == "__main__":

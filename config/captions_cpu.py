@@ -1,8 +1,7 @@
 """The language of captions: a GPT on the captions of Flickr8k's 6,000 training photos, on two CPU cores."""
 out_dir = "out/captions_cpu"
 dataset = "flickr8k"
-max_minutes = 2.5
-max_steps = 0
+max_steps = 350
 block_size = 64  # four captions or so
 n_layer = 4
 n_head = 4

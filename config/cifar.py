@@ -1,7 +1,6 @@
 """CIFAR-10 on one GPU. On a GPU it has only been started."""
 out_dir = "out/cifar"
-max_minutes = 8.0
-max_steps = 0
+max_steps = 5000
 batch_size = 512
 patch_size = 4  # 16x16 patches an image, as Compact Transformers have
 n_layer = 7

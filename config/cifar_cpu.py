@@ -1,7 +1,6 @@
 """CIFAR-10 on two CPU cores: 20 minutes of training."""
 out_dir = "out/cifar_cpu"
-max_minutes = 20.0
-max_steps = 0
+max_steps = 4600
 batch_size = 128
 n_layer = 4  # of 128 channels: larger ones see too few images in these minutes
 n_head = 4

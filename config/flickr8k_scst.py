@@ -1,7 +1,7 @@
 """SCST of the captioner of config/flickr8k.py, on one GPU. On a GPU it has only been started."""
 out_dir = "out/flickr8k_scst"
 sft_dir = "out/flickr8k"  # python mllm.py config/flickr8k.py
-max_minutes = 6.0
+max_steps = 1500
 batch_size = 128  # photos
 samples = 5  # captions each
 max_sample_tokens = 20

@@ -1,7 +1,7 @@
 """SCST of the Flickr8k captioner on two CPU cores: 22 minutes of training."""
 out_dir = "out/flickr8k_scst_cpu"
 sft_dir = "out/flickr8k_cpu"  # python mllm.py config/flickr8k_cpu.py
-max_minutes = 22.0
+max_steps = 1500
 batch_size = 48  # photos
 samples = 4  # captions each
 sample_temperature = 0.5  # worth 2 points of CIDEr after 4.5 minutes, and captions differ more

@@ -8,5 +8,5 @@ keep_blocks = (1,)  # intermediate features
 fusion = "cross"
 image_size = 32  # of a tile: 4 x 4 patches
 max_tokens = 80
-max_minutes = 5.0
+max_steps = 1000
 eval_interval = 400

@@ -6,3 +6,4 @@ gpt_norm = "rms"
 gpt_activation = "swiglu"  # positions are rotary in any case
 n_experts = 4  # mixture of experts
 experts_per_token = 2
+max_steps = 400

@@ -11,6 +11,6 @@ captions_per_photo = 6  # conversations of a group in a step
 batch_size = 64  # groups
 accumulation = 2  # a part has rows of about equal length
 max_tokens = 64
-max_minutes = 8.0
+max_steps = 1800
 eval_interval = 800
 beams = 1  # answers are short and certain

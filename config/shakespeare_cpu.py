@@ -1,7 +1,6 @@
 """Tiny Shakespeare on two CPU cores: 6 minutes of training."""
 out_dir = "out/shakespeare_cpu"
-max_minutes = 6.0
-max_steps = 0
+max_steps = 6900
 batch_size = 32
 block_size = 64  # 128 take longer to learn the first things, and more of a step goes into attention
 n_layer = 4

@@ -1,4 +1,4 @@
-"""Data in files: images read and augmented, downloads, packed arrays."""
+"""Images and arrays in files: read and augment images, download files, load what is packed."""
 
 import hashlib
 import io
@@ -7,177 +7,233 @@ import os
 import re
 import time
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from config import fail, new_file, show_progress
-from model import LAYOUTS, best_layout, tokenizer_from_state
+from config.tools.run import fail, new_file, show_progress
+from model import LAYOUTS, TiledImages, best_layout, tokenizer_from_state
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow
+
+
+# from PIL images to tensors -----------------------------------------------------------------------
 
 def to_rgb(image):
-    """A PIL image turned upright, as RGB, as a person sees it: 16 bits scaled to 8, what is transparent on white."""
+    """Return a PIL image upright and in RGB, as a person sees it.
+
+    Pixels of 16 bits or in floating point are scaled to 8 bits; transparent parts become white.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, integers or floats
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        most = 65535 if image.mode[0] == "I" else max(values.max(initial=0), 1e-8)
-        image = Image.fromarray((255 * (values / most).clip(0, 1)).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+        values = np.nan_to_num(np.array(image, np.float32))
+        highest = max(values.max(), 1e-8) if image.mode == "F" else 65535
+        values = 255 * (values / highest).clip(0, 1)
+        image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def to_pixels(image, size):
-    """A PIL image as a (3, size, size) uint8 tensor, resized without keeping the proportions (the whole photo is seen,
-    and training and inference see it alike)."""
-    image = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+    """Return a PIL image as a uint8 tensor (3, size, size).
+
+    It is squeezed to a square, so the whole photo is seen, in training as in use.
+    """
+    image = to_rgb(image).resize((size, size), Image.BICUBIC, reducing_gap=3)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def to_tiles(image, size, max_tiles):
-    """A PIL image as (max_tiles, 3, size, size) uint8 and the index of its layout (see model.best_layout()): it keeps
-    its proportions, is resized to fit the grid of tiles, and padded with black on the right or below."""
+    """Return a PIL image as n tiles, (n, 3, size, size) uint8, and the index of its layout.
+
+    The image keeps its proportions: it is resized to fit the grid of tiles that best_layout()
+    chooses, and padded with black on the right or at the bottom.
+    """
     image = to_rgb(image)
     layout = best_layout(image.width / size, image.height / size, max_tiles)
     rows, columns = LAYOUTS[layout]
-    scale = min(columns * size / image.width, rows * size / image.height)
+    canvas = Image.new("RGB", (columns * size, rows * size))
+    scale = min(canvas.width / image.width, canvas.height / image.height)
     sides = [max(1, round(scale * side)) for side in image.size]
-    resized = torch.from_numpy(np.array(image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=3)))  # (H, W, 3)
-    tiles = torch.zeros(max_tiles, 3, size, size, dtype=torch.uint8)
-    grid = torch.zeros(3, rows * size, columns * size, dtype=torch.uint8)
-    grid[:, :sides[1], :sides[0]] = resized.permute(2, 0, 1)
-    tiles[:rows * columns] = grid.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4).flatten(0, 1)
-    return tiles, layout
+    canvas.paste(image.resize(sides, Image.BICUBIC, reducing_gap=3))
+    grid = torch.from_numpy(np.array(canvas)).view(rows, size, columns, size, 3)
+    return grid.permute(0, 2, 4, 1, 3).flatten(0, 1), layout  # (n, 3, size, size)
 
 
-def join_tiles(tiles, layout):
-    """(T, 3, H, W) tiles of one image -> the image, (3, rows * H, columns * W); an image without tiles as it is."""
-    if tiles.dim() == 3:
-        return tiles
-    rows, columns = LAYOUTS[layout]
-    return torch.cat([torch.cat(tuple(row), dim=2) for row in tiles[:rows * columns].split(columns)], dim=1)
+def to_images(pictures, size, max_tiles=1, n=0):
+    """Return PIL images as a uint8 tensor (n, 3, size, size), squeezed to squares.
 
-
-def to_images(pictures, size, max_tiles=1):
-    """PIL images -> (n, 3, size, size) uint8, squeezed to squares, or with max_tiles > 1 (n, max_tiles, 3, size, size)
-    tiles; and their layouts, (n,)."""
-    n, layouts = len(pictures), torch.zeros(len(pictures), dtype=torch.long)
-    images = torch.empty(n, *[max_tiles] * (max_tiles > 1), 3, size, size, dtype=torch.uint8)
+    With max_tiles above 1 return TiledImages, in which the images keep their proportions.
+    pictures: a list, or an iterator over n images, so that not all of them are in memory at once.
+    """
+    n = n or len(pictures)
+    pixels = torch.zeros(n, max_tiles, 3, size, size, dtype=torch.uint8)
+    layouts = torch.zeros(n).long()
     for i, picture in enumerate(pictures):
         if max_tiles > 1:
-            images[i], layouts[i] = to_tiles(picture, size, max_tiles)
+            tiles, layouts[i] = to_tiles(picture, size, max_tiles)
+            pixels[i, :len(tiles)] = tiles
         else:
-            images[i] = to_pixels(picture, size)
-    return images, layouts
+            pixels[i, 0] = to_pixels(picture, size)
+    return TiledImages(pixels, layouts) if max_tiles > 1 else pixels[:, 0]
 
+
+def join_tiles(images, i):
+    """Return the whole picture of image i, (3, rows * H, columns * W); images[i] if not tiled."""
+    if torch.is_tensor(images):
+        return images[i]
+    rows, columns = LAYOUTS[images.layouts[i]]
+    tiles = images.pixels[i, :rows * columns].split(columns)  # (columns, 3, H, W) for each row
+    return torch.cat([torch.cat(tuple(row), dim=2) for row in tiles], dim=1)
+
+
+# images that a user points to ---------------------------------------------------------------------
 
 def middle_frames(frames, n):
-    """The middle one of each of n equal parts of a sequence; all of a shorter one."""
+    """Return the middle frames of n equal parts of a sequence; all frames of a shorter one."""
     n = min(n, len(frames))
     return [frames[(2 * i + 1) * len(frames) // (2 * n)] for i in range(n)]
 
 
 def open_file(source, n_frames):
-    """The images of a file, a list: one; of an animated GIF, WebP or PNG n_frames of them, evenly spaced. Large ones
-    are reduced to 1024 pixels, so that a folder of photos fits into memory."""
-    file, images = Image.open(source), []
-    for i in middle_frames(range(getattr(file, "n_frames", 1)), n_frames):
-        file.seek(i)
-        image = file.copy() if i else file
-        image.thumbnail((1024, 1024))
-        images.append(to_rgb(image))
+    """Return the images of a file: one, or n_frames evenly spaced frames of an animation.
+
+    Large images are reduced to 1024 pixels, so that a folder of photos fits into memory.
+    """
+    images = []
+    with Image.open(source) as file:
+        frames = middle_frames(range(getattr(file, "n_frames", 1)), n_frames)
+        for frame in frames:
+            file.seek(frame)
+            image = file.copy() if len(frames) > 1 else file  # a frame builds on the one before
+            image.thumbnail((1024, 1024))
+            images.append(to_rgb(image))
     return images
 
 
-def open_images(where, n_frames=1, clip=False):
-    """What a user shows: a list of (name, [PIL image, ...]); and the names of the files that Pillow cannot read. where:
-    a file or a URL; several files, with commas between them, which are seen together; or a folder, of images to be seen
-    one by one, or, with clip, of the frames of a clip. Of a clip, n_frames frames are seen."""
-    if "," in where and not Path(where).exists() and not where.lower().startswith("http"):  # a URL may hold commas
-        parts = [open_images(os.path.expanduser(part.strip()), n_frames) for part in where.split(",") if part.strip()]
-        files = [file for opened, _ in parts for file in opened]
-        return [(", ".join(name for name, _ in files), [image for _, images in files for image in images])], []
-    if where.lower().startswith(("http://", "https://")):
-        import requests
-        try:
-            reply = requests.get(where, timeout=30)
-            reply.raise_for_status()
-        except requests.RequestException as e:
-            fail(f"could not fetch {where} (no network?): {type(e).__name__}")
-        sources = [(where.rsplit("/", 1)[-1] or where, io.BytesIO(reply.content))]
-    elif Path(where).is_dir():
-        endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-        sources = [(p.name, p) for p in sorted(Path(where).iterdir()) if p.suffix.lower() in endings]
-        if not sources:
-            fail(f"{where}: a folder without images ({', '.join(endings)})")
-        sources = middle_frames(sources, n_frames) if clip else sources
-    elif Path(where).suffix.lower() in (".mp4", ".mov", ".avi", ".mkv", ".webm"):
-        fail(f"{where}: make a folder of its frames first: mkdir clip; ffmpeg -i {where} -vf fps=4 clip/%04d.png; then "
-             "--image=clip --frames=8")
-    elif Path(where).is_file():
-        sources = [(Path(where).name, Path(where))]
-    else:
-        fail(f"{where}: no such image file or folder")
-    opened, broken = [], []
-    for name, source in sources:
-        try:
-            opened.append((name, open_file(source, 1 if clip else n_frames)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow raises
-            broken.append(name)
-    if not opened:
-        fail(f"{', '.join(broken)}: not an image that Pillow can read")
-    if clip and Path(where).is_dir():
-        opened = [(Path(where).name, [image for _, images in opened for image in images])]
-    return opened, broken
+def find_files(where):
+    """Return the image files that open_images() opens, each with a name, as a list."""
+    path = Path(where).expanduser()
+    if "://" in where:
+        reply = requests.get(where, timeout=30)
+        reply.raise_for_status()
+        file = io.BytesIO(reply.content)
+        file.name = path.name
+        return [file]
+    if "," in where and not path.exists():
+        parts = re.split(r"\s*,\s*", where)
+        return [file for part in parts for file in find_files(part)]
+    if where and path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_ENDINGS]
+        assert files, f"{where}: a folder without images ({', '.join(IMAGE_ENDINGS)})"
+        return files
+    assert path.suffix.lower() not in VIDEO_ENDINGS, (
+        f"{where}: make a folder of its frames first: mkdir clip; "
+        f"ffmpeg -i {where} -vf fps=4 clip/%04d.png; then --image=clip --frames=8")
+    assert path.is_file(), f"{where}: no such image file or folder"
+    return [path]
 
+
+def open_images(where, n_frames=1, clip=False):
+    """Open the images that a user points to.
+
+    where: a file or a URL; files with commas between them, which are seen together; or a folder,
+        whose images are seen one by one, or together as the frames of a clip if clip is true.
+    n_frames: how many frames of an animation or a clip are seen.
+    Returns a list of (name, [PIL image, ...]), and the names of files that Pillow cannot read.
+    """
+    is_folder = os.path.isdir(where)
+    files = find_files(where)
+    if is_folder and clip:
+        files = middle_frames(files, n_frames)
+    opened, broken = [], []
+    for file in files:
+        try:
+            opened.append((file.name, open_file(file, n_frames)))
+        except UNREADABLE:
+            broken.append(file.name)
+    assert opened and (is_folder or not broken), (
+        f"{', '.join(broken)}: not an image that Pillow can read")
+    if is_folder and not clip:
+        return opened, broken
+    name = Path(where).name if is_folder else ", ".join(name for name, _ in opened)
+    return [(name, [image for _, images in opened for image in images])], broken
+
+
+# augmentation -------------------------------------------------------------------------------------
 
 def shift_and_mirror(images, shift, mirrored):
-    """(B, 3, H, W) images, each moved by up to shift pixels in both directions (what comes in is black) and, where the
-    (B,) booleans say so, mirrored. Draws from torch's global generator."""
-    (B, _, H, W), dev = images.shape, images.device
-    padded = F.pad(images, (shift,) * 4)
-    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=dev)
-    rows, columns = top + torch.arange(H, device=dev), left + torch.arange(W, device=dev)  # (B, H), (B, W)
+    """Return (B, 3, H, W) images, moved by up to shift pixels in both directions, black beyond.
+
+    mirrored: (B,) booleans, which images to mirror. Draws from torch's global generator.
+    """
+    B, _, H, W = images.shape
+    device = images.device
+    padded = F.pad(images, [shift] * 4)
+    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=device)
+    rows = top + torch.arange(H, device=device)  # (B, H)
+    columns = left + torch.arange(W, device=device)  # (B, W)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    each = torch.arange(B, device=dev)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+    image = torch.arange(B, device=device)[:, None, None]
+    shifted = padded[image, :, rows[:, :, None], columns[:, None]]  # (B, H, W, 3)
+    return shifted.permute(0, 3, 1, 2)  # (B, 3, H, W)
+
+
+def draw_parts(n, crop):
+    """Return (n, 2, 3) affine maps, from the output to random parts of photos, for F.affine_grid().
+
+    A part has crop to 1 times the area of the photo, its sides stretched by up to 4/3.
+    """
+    area = 1 - (1 - crop) * torch.rand(n)
+    stretch = (4 / 3) ** (2 * torch.rand(n) - 1)
+    stretch = stretch.clamp(area, 1 / area)  # no side is longer than the photo's
+    sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, n), relative to the photo's
+    middle = (2 * torch.rand(2, n) - 1) * (1 - sides)  # the photo's borders are at -1 and 1
+    return torch.cat((torch.diag_embed(sides.T), middle.T[..., None]), dim=2)
 
 
 def augment_photos(images, captions, crop, jitter, mirror, size=0):
-    """(B, 3, H, W) photos -> (B, 3, size, size) float, or as large as they are where size is 0, augmented with draws
-    from torch's global generator: of each a part is seen, of crop to 1 times its area, its sides stretched by up to
-    4 / 3. With mirror half of them are mirrored, but none with a caption (captions: a list for each) that says left or
-    right. Brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter."""
-    B, dev, images = len(images), images.device, images.float()
-    sided = [any(re.search(r"\b(left|right)\b", caption) for caption in each) for each in captions]
-    sided = torch.tensor(sided, dtype=torch.bool)
-    mirrored = (torch.rand(B) < 0.5) & ~sided & mirror
-    area, stretch = 1 - (1 - crop) * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
-    stretch = stretch.clamp(area, 1 / area)  # a part is nowhere larger than the photo
-    sides = torch.stack((area * stretch, area / stretch)).sqrt()  # (2, B), shares of width and height
-    middle = (2 * torch.rand(2, B) - 1) * (1 - sides)  # of the part; a photo's borders are at -1 and 1
-    gain = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=dev) - 1)  # brightness, contrast, saturation
-    H, W = (size, size) if size else images.shape[-2:]
-    if B and (crop < 1 or mirrored.any() or (H, W) != images.shape[-2:]):
-        theta = torch.zeros(B, 2, 3)
-        theta[:, 0, 0], theta[:, 1, 1] = torch.where(mirrored, -sides[0], sides[0]), sides[1]
-        theta[:, :, 2] = middle.T
-        where = F.affine_grid(theta.to(dev), (B, 3, H, W), align_corners=False)
+    """Return (B, 3, H, W) photos, augmented, as floats (B, 3, size, size).
+
+    captions: a list of captions per photo. Draws from torch's global generator.
+    crop: a random part with crop to 1 times the area is seen.
+    jitter: brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter.
+    mirror: half of the photos are mirrored, but none with a caption that says left or right.
+    size: of the results, in pixels; 0 keeps H and W.
+    """
+    B, _, *shape = images.shape
+    images = images.float()
+    may_mirror = [
+        mirror and not re.search(r"\b(left|right)\b", " ".join(texts)) for texts in captions]
+    mirrored = (torch.rand(B) < 0.5) & torch.tensor(may_mirror).bool()
+    maps = draw_parts(B, crop)
+    maps[mirrored, 0, 0] *= -1
+    gains = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=images.device) - 1)
+    new_shape = [size, size] if size else shape
+    if B and (crop < 1 or mirrored.any() or new_shape != shape):
+        where = F.affine_grid(maps.to(images.device), (B, 3, *new_shape), align_corners=False)
         images = F.grid_sample(images, where, padding_mode="border", align_corners=False)
     if jitter:
-        images = images * gain[0]
-        images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, gain[1])
-        images = images.mean(dim=1, keepdim=True).lerp(images, gain[2]).clamp(0, 255)
+        brightness, contrast, saturation = gains
+        images = images * brightness
+        images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, contrast)
+        images = images.mean(dim=1, keepdim=True).lerp(images, saturation).clamp(0, 255)
     return images
 
 
 def pad_texts(texts, tokenizer, max_tokens):
-    """n str -> (n, max_tokens) ids: bos, the text, eos, padding; one width for all, since a new shape is slow."""
+    """Return n texts as ids (n, max_tokens): bos, the text, eos, padding.
+
+    All batches have one width, since a compiled model is slow at its first batch of a new shape.
+    """
     ids = torch.full((len(texts), max_tokens), tokenizer.pad_id)
     for row, text in zip(ids, texts):
         tokens = [tokenizer.bos_id, *tokenizer.encode(text)[:max_tokens - 2], tokenizer.eos_id]
@@ -185,136 +241,113 @@ def pad_texts(texts, tokenizer, max_tokens):
     return ids
 
 
-def download(path, urls, md5=None, check=lambda path: ""):
-    """Fetch path from the first of urls that has it whole, and go on where a connection broke off. A file that is there
-    already is used as it is. md5: the official checksum, if one is known; check: a function of the path, which says
-    what is wrong with the file, "" for nothing. A download gets its name after both; a file that was there already and
-    has another md5 is used, with one printed line."""
+# downloads ----------------------------------------------------------------------------------------
+
+def md5_of(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def fetch(url, partial):
+    """Append to the file partial what it lacks of url."""
+    size = partial.stat().st_size if partial.is_file() else 0
+    headers = {"Range": f"bytes={size}-", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=20) as reply:
+        if reply.status_code == 416:  # range not satisfiable: nothing is missing
+            return
+        reply.raise_for_status()
+        if reply.status_code != 206:  # the server sends the whole file, not the part asked for
+            size = 0
+        total = size + int(reply.headers.get("Content-Length", 0))
+        with open(partial, "ab" if size else "wb") as file:
+            for chunk in reply.iter_content(1 << 16):  # raises an error if it breaks off
+                file.write(chunk)
+                show_progress(f"{partial.stem}: {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
+    show_progress("")
+
+
+def download(path, urls, md5=None):
+    """Return path, after downloading it from one of urls if there is no such file yet.
+
+    The urls are tried in turn, four times; a new attempt continues where the last one ended.
+    md5: the official checksum. A download must match it; a file that is already there need not.
+    """
     path = Path(path)
     if path.is_file():
         if md5 and md5_of(path) != md5:
-            print(f"note: {path} lay here already and is not the official file (its md5 differs); using it as it is")
+            print(f"note: {path} is not the official file (its md5 differs); using it as it is")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, problems = Path(f"{path}.partial"), []
-    for url in urls:
-        problem = _fetch_whole(url, partial, lambda: "its md5 differs" if md5 and md5_of(partial) != md5
-                               else check(partial))
-        if not problem:
+    partial = Path(f"{path}.partial")
+    for url in urls * 4:
+        try:
+            fetch(url, partial)
+        except requests.RequestException as e:
+            problem = e
+            time.sleep(1)
+            continue
+        if md5:
+            is_whole = md5_of(partial) == md5
+        else:
+            is_whole = path.suffix != ".zip" or zipfile.is_zipfile(partial)
+        if is_whole:
             os.replace(partial, path)
             return path
-        problems.append(f"{url} ({problem})")
-    fail(f"could not download {path.name}; fetch it by hand and put it at {path}. Tried " + ", ".join(problems))
+        partial.unlink()
+        problem = f"{url} has a different file"
+    fail(f"could not download {path.name}; fetch it by hand from {' or '.join(urls)} and put it at "
+         f"{path} ({problem})")
 
 
-def _fetch_whole(url, partial, problem_of):
-    """Fetch what is missing of url into the file partial until problem_of() finds nothing wrong with it; returns what
-    is wrong after three attempts in a row that brought no bytes, a hundred in all, or with a file that came whole."""
-    import requests
-    idle, size = 0, lambda: partial.stat().st_size if partial.is_file() else 0
-    for _ in range(100):
-        had = size()
-        try:
-            _fetch(url, partial, had)
-            problem = problem_of()
-            if not problem:
-                return ""
-            partial.unlink()
-            if not had:
-                return problem
-            continue  # what was there before was the beginning of something else
-        except requests.RequestException as e:
-            status = e.response.status_code if e.response is not None else 0
-            problem = f"status {status}" if status else type(e).__name__
-            if 400 <= status < 500 and status not in (408, 429):  # these two pass
-                break
-        idle = 0 if size() > had else idle + 1
-        if idle == 3:
-            break
-        show_progress(f"{partial.stem}: {problem}; trying again")
-        time.sleep(2 ** idle)
-    return problem
-
-
-def _fetch(url, partial, have):
-    """Append what is missing of url to the file partial, which has so many bytes."""
-    import requests
-    headers, began = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {}), time.monotonic()
-    with requests.get(url, stream=True, timeout=(10, 30), headers=headers) as reply:  # to connect; between two chunks
-        part = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
-        if reply.status_code == 416 and have:  # nothing is missing, or the file is longer than it may be
-            if not part or int(part[2]) != have:
-                partial.unlink()
-                raise requests.ConnectionError
-            return
-        reply.raise_for_status()
-        if reply.status_code != 206:
-            have = 0  # the server sends all of it
-        elif not part or part[1] != str(have):  # another part than the one asked for
-            partial.unlink(missing_ok=True)
-            raise requests.ConnectionError
-        total, before = have + int(reply.headers.get("Content-Length", 0)), have
-        with open(partial, "ab" if have else "wb") as f:
-            for chunk in reply.iter_content(1 << 16):
-                f.write(chunk)
-                have += len(chunk)
-                pace = (have - before) / (time.monotonic() - began)
-                show_progress(f"{partial.stem}: {have / 1e6:.0f} of {total / 1e6:.0f} MB, {pace / 1e6:.1f} MB/s")
-        show_progress("")
-        if have < total:
-            raise requests.ConnectionError
-
-
-def zip_problem(path):
-    """What is wrong with a zip; "" if it is whole and the CRC of each member is right."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        return f"{broken} in it is broken" if broken else ""
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError):  # the last: nonsense in it
-        return "no whole zip"
-
+# packed data --------------------------------------------------------------------------------------
 
 def save_array(path, array):
-    """np.save, so that no half of a file is left."""
-    with new_file(path) as partial, open(partial, "wb") as f:
-        np.save(f, array)
+    with new_file(path) as partial, open(partial, "wb") as file:
+        np.save(file, array)
 
 
 def save_json(path, value):
-    """json.dump, so that no half of a file is left."""
     with new_file(path) as partial:
-        partial.write_text(json.dumps(value), encoding="utf-8")
+        partial.write_text(json.dumps(value))
 
 
 def load_data(path, prepare_with):
-    """The memory-mapped array (*.npy) or the value (*.json) at path; prepare_with: the command that makes it."""
-    if not Path(path).is_file():
-        fail(f"no data at {path} yet; make it first: {prepare_with}")
-    return np.load(path, mmap_mode="r") if str(path).endswith(".npy") else json.loads(Path(path).read_text("utf-8"))
+    """Return the array (*.npy), mapped into memory, or the value (*.json) at path.
+
+    prepare_with: the command that makes the file.
+    """
+    path = Path(path)
+    assert path.is_file(), f"no data at {path} yet; make it first: {prepare_with}"
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="c")  # copy on write: torch.from_numpy() needs no copy
+    return json.loads(path.read_bytes())
 
 
 def prepare_command(dataset):
-    """The command that makes the folder data/<dataset> of photos and captions."""
-    return "python prepare_flickr8k.py" + (f" --source=DIR --out_dir=data/{dataset}" if dataset != "flickr8k" else "")
+    """Return the command that makes the folder data/<dataset> of photos and captions."""
+    if dataset == "flickr8k":
+        return "python prepare_flickr8k.py"
+    return f"python prepare_flickr8k.py --source=DIR --out_dir=data/{dataset}"
 
 
 def load_photos(dataset, image_size):
-    """The folder data/<dataset> of prepare_flickr8k.py: images, an (n, 3, image_size, image_size) uint8 array, or one
-    of tiles, (n, T, 3, image_size, image_size); their layouts (n,); the table of names, captions and splits; and the
-    tokenizer."""
+    """Return what prepare_flickr8k.py has packed into data/<dataset>.
+
+    images: a uint8 tensor (n, 3, image_size, image_size), or TiledImages
+    table: {"names": [...]} with "captions" and "splits", or with "samples"
+    tokenizer
+    """
+    folder = f"data/{dataset}"
     prepare = prepare_command(dataset)
-    images, table, state = (load_data(f"data/{dataset}/{name}", prepare)
-                            for name in ("images.npy", "captions.json", "tokenizer.json"))
-    if len(images) != len(table["names"]):
-        fail(f"data/{dataset} is half of one preparation and half of another; run {prepare} again")
-    if images.shape[-1] != image_size:
-        fail(f"data/{dataset} holds images of {images.shape[-1]} pixels, and image_size is {image_size}; "
-             f"run {prepare} --size={image_size}" + f" --max_tiles={images.shape[1]}" * (images.ndim == 5))
-    layouts = load_data(f"data/{dataset}/layouts.npy", prepare) if images.ndim == 5 else np.zeros(len(images), np.int64)
-    return np.array(images), np.array(layouts), table, tokenizer_from_state(state)
-
-
-def md5_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "md5").hexdigest()
+    images = pixels = torch.from_numpy(load_data(f"{folder}/images.npy", prepare))
+    if pixels.dim() == 5:
+        prepare += f" --max_tiles={pixels.size(1)}"
+        layouts = torch.from_numpy(load_data(f"{folder}/layouts.npy", prepare))
+        images = TiledImages(pixels, layouts)
+    table = load_data(f"{folder}/captions.json", prepare)
+    tokenizer = tokenizer_from_state(load_data(f"{folder}/tokenizer.json", prepare))
+    assert len(images) == len(table["names"]), (
+        f"{folder} is half of one preparation and half of another; run {prepare} again")
+    assert pixels.size(-1) == image_size, (
+        f"{folder} holds images of {pixels.size(-1)} pixels, and image_size is {image_size}; "
+        f"run {prepare} --size={image_size}")
+    return images, table, tokenizer

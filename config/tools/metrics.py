@@ -1,51 +1,82 @@
-"""Metrics of captions: words, BLEU, CIDEr-D, what an evaluation reports; and a baseline, captions of similar photos."""
+"""Metrics of captions: BLEU, CIDEr-D, a language model's surprise; what an evaluation reports."""
 
 import math
 import re
 from collections import Counter
+from statistics import fmean
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import show_progress
+from config.tools.data import pad_texts
+from model import GPT, GPTConfig, tokenizer_from_state
 
-UNFINISHED = set("a an the in on of with and or at by for from to into onto over under near through while as is are "
-                 "its his her their another two".split())  # a caption that ends so was cut off
+WORD = re.compile(r"""
+    (?<!\S) (?: n't | '(?:s|m|d|re|ve|ll) )\b  # the second half of a contraction, once it is split
+    | [^\W_]+ (?: [-./,'] [^\W_]+ )*           # letters and digits; t-shirt and 3.5 are one word
+    | [&$%#@+=*/]                              # symbols that are read aloud
+""", re.VERBOSE)
+UNFINISHED = set("""
+    a an the in on of with and or at by for from to into onto over under near through while as is
+    are its his her their another two
+""".split())  # a caption that ends with one of these was cut off
+SURPRISING = 6.0  # nats: the probability of a token, given the tokens before it, is below 1 in 400
 
 
 def words_of(text):
-    """The words of a caption as the PTB tokenizer of the COCO caption evaluation cuts them: lower case, contractions
-    split (do n't, dog 's), hyphenated words whole, punctuation dropped. It differs in what hardly occurs in captions:
-    abbreviations lose their last full stop, and brackets are dropped where COCO's leaves -lrb- and -rrb-."""
-    text = re.sub(r"\bcannot\b", "can not", text.lower().replace("’", "'"))
+    """Return the words of a caption as the COCO caption evaluation splits them.
+
+    As with its PTB tokenizer, words are in lower case, contractions are split (do n't, dog 's),
+    hyphenated words stay whole, and punctuation is dropped. Two differences are rare in captions:
+    abbreviations lose their last full stop, and brackets are dropped where COCO keeps -lrb- and
+    -rrb-.
+    """
+    text = text.lower().replace("’", "'")
+    text = re.sub(r"\bcannot\b", "can not", text)
     text = re.sub(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text)
-    return re.findall(r"(?<!\S)(?:n't|'(?:s|m|d|re|ve|ll))\b|[^\W_]+(?:[-./,'][^\W_]+)*|[&$%#@+=*/]", text)
+    return WORD.findall(text)
+
+
+def words_of_all(candidates, references):
+    """Return n str and n lists of str as n word lists and n lists of word lists."""
+    assert all(references), "every caption needs at least one reference"
+    references = [[words_of(ref) for ref in refs] for refs in references]
+    return [words_of(candidate) for candidate in candidates], references
 
 
 def count_ngrams(words, n):
+    """Return a Counter of the n-grams, tuples of n successive words."""
     return Counter(zip(*(words[i:] for i in range(n))))
 
 
 def bleu(candidates, references):
-    """[BLEU-1, ..., BLEU-4] of the corpus, 0 to 1 (Papineni et al. 2002); the closest reference length, no smoothing.
-    candidates: list of str; references: a list of str for each candidate."""
-    assert all(references), "for each candidate at least one reference"
-    return bleu_of_words([words_of(c) for c in candidates], [[words_of(ref) for ref in refs] for refs in references])
+    """Return [BLEU-1, ..., BLEU-4] of a corpus, each from 0 to 1 (Papineni et al. 2002).
+
+    The length of the closest reference counts, and nothing is smoothed.
+    candidates: n str; references: n lists of str.
+    """
+    return bleu_of_words(*words_of_all(candidates, references))
 
 
 def bleu_of_words(candidates, references, smooth=0):
-    """bleu() of word lists. smooth: is added to matches and totals of two words and more; 1 for single sentences, of
-    which many match no four words (Lin and Och 2004)."""
-    matched, total, length, reference_length = [0] + 3 * [smooth], [0] + 3 * [smooth], 0, 0
+    """Return bleu() of lists of words.
+
+    smooth is added to the matches and totals of bigrams and longer n-grams. 1 suits single
+    sentences, many of which share no four words with a reference (Lin and Och 2004).
+    """
+    matched = [0, smooth, smooth, smooth]
+    total = list(matched)
+    length = 0
+    reference_length = 0
     for words, refs in zip(candidates, references, strict=True):
         length += len(words)
         reference_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
         for n in range(1, 5):
-            allowed = Counter()
-            for ref in refs:
-                allowed |= count_ngrams(ref, n)  # the largest count in any one reference
             counts = count_ngrams(words, n)
+            allowed = Counter()  # the largest count of an n-gram in any one reference
+            for ref in refs:
+                allowed |= count_ngrams(ref, n)
             matched[n - 1] += (counts & allowed).total()
             total[n - 1] += counts.total()
     brevity = min(1.0, math.exp(1 - reference_length / length)) if length else 0.0
@@ -54,8 +85,10 @@ def bleu_of_words(candidates, references, smooth=0):
 
 
 def document_frequencies(references):
-    """references: for each image a list of word lists -> ({n-gram: in how many images' references it occurs, n = 1 to
-    4}, how many images there are)"""
+    """Count in how many images' references an n-gram occurs, n = 1 to 4.
+
+    references: a list of word lists per image. Returns ({n-gram: count}, the number of images).
+    """
     df = Counter()
     for refs in references:
         df.update({ngram for ref in refs for n in range(1, 5) for ngram in count_ngrams(ref, n)})
@@ -63,99 +96,159 @@ def document_frequencies(references):
 
 
 class CiderD:
-    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once: for each image a list
-    of word lists. df: what document_frequencies() gives; None counts these references."""
+    """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
+
+    references: a list of word lists per image. df: the result of document_frequencies(); None
+    counts these references.
+    """
 
     sigma = 6.0
 
     def __init__(self, references, df=None):
         counts, n_images = df or document_frequencies(references)
-        self.max_idf = math.log(max(1, n_images))  # of an n-gram that occurs nowhere
+        self.max_idf = math.log(n_images)  # of an n-gram that no reference contains
         self.idf = {ngram: self.max_idf - math.log(count) for ngram, count in counts.items()}
         self.references = [[self.vectors(ref) for ref in refs] for refs in references]
 
     def vectors(self, words):
-        """The tf-idf vectors {n-gram: count * idf} for n = 1 to 4, their norms, and the length in bigrams."""
+        """Return the tf-idf vectors {n-gram: count * idf}, n = 1 to 4, their norms, and the length.
+
+        The length is in bigrams, as in the reference implementation.
+        """
         vectors = []
         for n in range(1, 5):
-            vectors.append({})
-            for ngram in zip(*(words[i:] for i in range(n))):
-                vectors[-1][ngram] = vectors[-1].get(ngram, 0.0) + self.idf.get(ngram, self.max_idf)
-        return vectors, [math.hypot(*vector.values()) or 1.0 for vector in vectors], max(0, len(words) - 1)
+            vector = count_ngrams(words, n)
+            for ngram in vector:
+                vector[ngram] *= self.idf.get(ngram, self.max_idf)
+            vectors.append(vector)
+        norms = [math.hypot(*vector.values()) or 1.0 for vector in vectors]
+        return vectors, norms, max(0, len(words) - 1)
 
     def score(self, caption, references):
-        """What vectors() gives of a caption and of its references -> 10 times the mean, over references and n, of the
-        cosine of the clipped vectors times a Gaussian penalty on the difference in length."""
-        total, (vectors, norms, length) = 0.0, caption
+        """Return 10 times the similarity of a caption to its references, averaged over them and n.
+
+        The similarity is the cosine of the tf-idf vectors, the caption's clipped to the
+        reference's, times a Gaussian penalty on the difference in length (section 5 of the paper).
+        caption: a result of vectors(); references: a list of them.
+        """
+        vectors, norms, length = caption
+        total = 0.0
         for ref_vectors, ref_norms, ref_length in references:
             penalty = math.exp(-(length - ref_length) ** 2 / (2 * self.sigma ** 2))
             for vector, norm, ref_vector, ref_norm in zip(vectors, norms, ref_vectors, ref_norms):
-                if vector.keys().isdisjoint(ref_vector):
-                    break  # they share no n words, so nothing longer either
-                product = 0.0
-                for ngram, value in vector.items():
-                    if ngram in ref_vector:
-                        product += min(value, ref_vector[ngram]) * ref_vector[ngram]
+                shared = [ngram for ngram in vector if ngram in ref_vector]
+                if not shared:
+                    break  # nor do they share a longer n-gram
+                product = sum(min(vector[g], ref_vector[g]) * ref_vector[g] for g in shared)
                 total += penalty * product / (norm * ref_norm)
         return 10.0 * total / (4 * len(references))
 
     def scores(self, captions, images):
-        """n word lists, and the index of each one's image -> (n,) scores, 0 to 10."""
+        """Return the (n,) scores, from 0 to 10, of n word lists about these n images (indices)."""
         return np.array([self.score(self.vectors(words), self.references[image])
                          for words, image in zip(captions, images, strict=True)])
 
 
 def cider(candidates, references, df=None):
-    """CIDEr-D as the field reports it, over 100: (mean, (n,) array of each image's). candidates: list of str;
-    references: a list of str for each; df: document_frequencies() of other references. A caption of four words or more
-    that is its only reference scores 10 (unless all images share its words)."""
-    assert len(candidates) == len(references) and all(references), "for each candidate at least one reference"
-    scorer = CiderD([[words_of(ref) for ref in refs] for refs in references], df)
-    scores = scorer.scores([words_of(c) for c in candidates], range(len(candidates)))
-    return float(scores.mean()), scores
+    """Return the mean and the (n,) scores of CIDEr-D, from 0 to 10; papers print them times 100.
+
+    candidates: n str; references: n lists of str; df: document_frequencies() of other references.
+    A caption of at least four words that equals its only reference scores 10, unless all images
+    share its words.
+    """
+    candidates, references = words_of_all(candidates, references)
+    scores = CiderD(references, df).scores(candidates, range(len(references)))
+    return fmean(scores), scores
 
 
 def ends_badly(words, ended):
-    """Whether a caption lacks a proper ending: no end token, or a last word after which something must follow."""
+    """Return whether a caption has no end token (not ended), no words, or no proper last word."""
     return not ended or not words or words[-1] in UNFINISHED
 
 
 def caption_scores(captions, ended, references):
-    """{name: value} of what is reported about captions of photos; CIDEr and BLEU times 100, as papers print them.
-    shuffled: CIDEr against other photos' references, the mean of five fixed derangements; as high as cider where a
-    model does not look. broken: the share without a proper ending. distinct: different captions over all captions."""
-    scorer = CiderD([[words_of(ref) for ref in refs] for refs in references])
-    words, n = [words_of(caption) for caption in captions], len(captions)
-    mean_cider = lambda k: 100 * float(scorer.scores(words, (np.arange(n) + k) % n).mean())
-    return {"cider": mean_cider(0), **{f"bleu{n}": 100 * b for n, b in enumerate(bleu(captions, references), 1)},
-            "shuffled": float(np.mean([mean_cider(k) for k in range(1, min(6, n))] or [0.0])),
-            "length": float(np.mean([len(each) for each in words])),
-            "broken": 100 * float(np.mean([ends_badly(each, end) for each, end in zip(words, ended)])),
-            "distinct": 100 * len(set(captions)) / len(captions)}
+    """Return {name: value} of what an evaluation reports about captions.
+
+    captions: n str. ended: n bool, true where the model wrote an end token. references: n lists of
+    str.
+
+    cider, bleu1 to bleu4: times 100, as papers print them.
+    shuffled: CIDEr against the references of other images, the mean of five fixed shifts; as high
+        as cider if the model ignores the images.
+    length: words per caption. broken: per cent that ends badly. distinct: per cent that differ.
+    cider_others: CIDEr against all references but the first, which is how people's own captions
+        are scored; only where every image has at least two references.
+    """
+    n = len(captions)
+    words, references = words_of_all(captions, references)
+    scorer = CiderD(references)
+    shifted = [100 * fmean(scorer.scores(words, np.roll(range(n), -k))) for k in range(min(6, n))]
+    scores = {"cider": shifted[0]}
+    for order, value in enumerate(bleu_of_words(words, references), 1):
+        scores[f"bleu{order}"] = 100 * value
+    scores["shuffled"] = fmean(shifted[1:] or [0.0])
+    scores["length"] = fmean(map(len, words))
+    scores["broken"] = 100 * fmean(map(ends_badly, words, ended))
+    scores["distinct"] = 100 * len(set(captions)) / n
+    others = [refs[1:] for refs in references]
+    if all(others):
+        scores["cider_others"] = 100 * fmean(CiderD(others).scores(words, range(n)))
+    return scores
 
 
-def most_alike(texts, scorer, vectors=None):
-    """Of some captions of an image the place of the one that is most similar to all, by CIDEr-D (Devlin et al. 2015):
-    their consensus. scorer: a CiderD with document frequencies; vectors: what scorer.vectors() gives of the texts."""
-    vectors = vectors or [scorer.vectors(words_of(text)) for text in texts]
-    return int(np.argmax([scorer.score(each, vectors) for each in vectors]))  # to itself each is equally similar
+class LanguageJudge:
+    """How surprising a caption is to the language model of stage 2.
+
+    checkpoint: a dict of gpt.py with config, tokenizer and model. The judge computes in float32 on
+    every device, so that the same caption has the same score.
+    """
+
+    def __init__(self, checkpoint, device):
+        self.device = device
+        self.tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+        self.gpt = GPT(GPTConfig(**checkpoint["config"])).to(device).eval()
+        self.gpt.load_state_dict(checkpoint["model"])
+
+    @torch.no_grad()
+    def nats(self, captions, batch_size=250):
+        """Return (n, T): minus the log-probability of each token of n captions, in nats.
+
+        The end token is the last that counts; after it there are zeros. A caption that is longer
+        than the context of the GPT is cut off.
+        """
+        ids = pad_texts(captions, self.tokenizer, self.gpt.config.block_size).to(self.device)
+        pad_id = self.tokenizer.pad_id
+        ids = ids[:, (ids != pad_id).any(dim=0)]  # (n, T + 1), without columns of padding alone
+        nats = []
+        for batch in ids.split(batch_size):
+            logits, _ = self.gpt(batch[:, :-1])  # (B, T, vocab_size)
+            logits = logits.transpose(1, 2)  # (B, vocab_size, T)
+            loss = F.cross_entropy(logits, batch[:, 1:], ignore_index=pad_id, reduction="none")
+            nats.append(loss)
+        return torch.cat(nats).cpu()
+
+    def scores(self, captions):
+        """Return nats, the mean per token, and surprising, the per cent of surprising captions.
+
+        A caption is surprising if it contains a token of more than SURPRISING nats.
+        """
+        nats = self.nats(captions)
+        mean = nats.sum() / (nats > 0).sum()
+        surprising = (nats > SURPRISING).any(dim=1).float().mean()
+        return {"nats": mean.item(), "surprising": 100 * surprising.item()}
 
 
-def thumbnails(images):
-    """(n, 3, H, W) uint8 -> (n, 192) unit vectors: the pixels of the images when reduced to 8x8, less their means."""
-    small = torch.cat([F.adaptive_avg_pool2d(some.float(), 8).flatten(1) for some in images.split(500)])  # (n, 192)
-    return F.normalize(small - small.mean(dim=0), dim=1)
+def recalls(cosines, owner):
+    """Return recalls in per cent of (n, m) cosines of photos and captions; owner (m,): the photo of each caption.
 
-
-def nearest_captions(vectors, captions, train, photos, k=20):
-    """For each of the photos the consensus caption of the k training photos most like it. A list of str. vectors:
-    (n, d), of unit length; captions: a list of str for each; train, photos: indices of both."""
-    near, chosen = (vectors[photos] @ vectors[train].T).topk(min(k, len(train)), dim=1).indices.tolist(), []  # (n, k)
-    scorer = CiderD([[words_of(caption) for caption in captions[p]] for p in train])
-    for row in near:
-        texts = [caption for i in row for caption in captions[train[i]]]
-        vectors = [each for i in row for each in scorer.references[i]]
-        chosen.append(texts[most_alike(texts, scorer, vectors)])
-        show_progress(f"nearest photos of {len(chosen)}/{len(photos)}")
-    show_progress("")
-    return chosen
+    text5: photos that have an own caption among the five nearest captions. photo5: captions that have their photo among
+    the five nearest photos.
+    """
+    n, m = cosines.shape
+    scores = {}
+    for k in (1, 5, 10):
+        found = owner[cosines.topk(min(k, m), dim=1).indices] == torch.arange(n)[:, None]  # (n, k)
+        scores[f"text{k}"] = 100 * found.any(dim=1).float().mean().item()
+        found = cosines.topk(min(k, n), dim=0).indices == owner  # (k, m)
+        scores[f"photo{k}"] = 100 * found.any(dim=0).float().mean().item()
+    return scores

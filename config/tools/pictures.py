@@ -5,82 +5,110 @@ import math
 import textwrap
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib import font_manager
 
-matplotlib.use("Agg")  # files, never a window
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib import font_manager  # noqa: E402
-
-LABELS = {"train": "training loss", "val": "validation loss", "val_accuracy": "validation accuracy (%)",
-          "val_recall": "validation recall at 10 (%)", "val_cider": "validation CIDEr",
-          "val_right": "validation, answers right (%)", "reward": "reward of samples",
-          "greedy": "reward of greedy captions of 200 training photos"}
+plt.switch_backend("Agg")  # draws into files and needs no screen
+LABELS = {
+    "train": "training loss",
+    "val": "validation loss",
+    "val_accuracy": "validation accuracy (%)",
+    "val_recall": "validation recall at 10 (%)",
+    "val_cider": "validation CIDEr",
+    "val_right": "validation, answers right (%)",
+    "reward": "reward of samples",
+    "greedy": "reward of greedy captions of 200 training photos",
+}
 
 
 def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
-    """Draw columns of out_dir/log.csv over the step into out_dir/loss.png; the right ones have an axis of their own.
-    What the log lacks is left out."""
-    with open(Path(out_dir) / "log.csv", newline="") as f:
+    """Draw columns of out_dir/log.csv over the training step into out_dir/loss.png.
+
+    The columns in right have an axis of their own. A column without values is left out.
+    """
+    out_dir = Path(out_dir)
+    with open(out_dir / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    left, right = ([column for column in columns if any(row.get(column) for row in rows)] for columns in (left, right))
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes = [(axis, column, "-") for column in left]
+    axis.set(xlabel="training step", ylabel=ylabel, title=out_dir.name)
+    curves = [(axis, column, "-") for column in left]
     if right:
-        axes += [(second, column, "--") for second in [axis.twinx()] for column in right]
-        axes[-1][0].set_ylabel(", ".join(LABELS.get(column, column) for column in right))
-    for i, (a, column, style) in enumerate(axes):
+        right_axis = axis.twinx()
+        right_axis.set_ylabel(", ".join(LABELS[column] for column in right))
+        curves += [(right_axis, column, "--") for column in right]
+    for i, (axis, column, style) in enumerate(curves):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
-        a.plot(*zip(*points), style, color=f"C{i}", label=LABELS.get(column, column))
-    axis.set(xlabel="training step", ylabel=ylabel, title=Path(out_dir).name)
+        if points:
+            axis.plot(*zip(*points), style, color=f"C{i}", label=LABELS[column])
     figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(Path(out_dir) / "loss.png", dpi=110)
+    figure.savefig(out_dir / "loss.png", dpi=110)
     plt.close(figure)
 
 
 def printable(text):
-    """The text with a question mark for each character that the font of the pictures lacks."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    """Replace characters that the font of the pictures lacks by question marks."""
+    font_file = font_manager.findfont("DejaVu Sans")
+    font = font_manager.get_font(font_file)
     return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
 
 
 def side_by_side(images):
-    """Some images, (3, H, W) uint8 each -> one picture with white between them, and below the shorter ones."""
-    gap, H = max(1, images[0].size(2) // 24), max(image.size(1) for image in images)
-    padded = [F.pad(image, (0, gap, 0, H - image.size(1)), value=255) for image in images]
-    return torch.cat(padded, dim=2)[:, :, :-gap]
+    """Join (3, H, W) uint8 images of any sizes into one, with white between and below them."""
+    gap = max(1, images[0].size(2) // 24)
+    height = max(image.size(1) for image in images)
+    padded = [F.pad(image, (0, gap, 0, height - image.size(1)), value=255) for image in images]
+    return torch.cat(padded, dim=2)[..., :-gap]
 
 
-def save_grid(path, images, titles, columns=4, width=34):
-    """Write a picture of images (a list of (3, H, W) uint8 tensors), each with its text under it, columns in a row;
-    fewer where images are wide. width: characters in a line of text under a square one."""
+def save_grid(path, images, titles, columns=4):
+    """Write a picture of (3, H, W) uint8 images in rows, each with its title below it.
+
+    columns is the number of square images in a row; of wide images there are fewer.
+    """
     aspect = max(image.size(2) / image.size(1) for image in images)
-    wide = max(1.5, min(3 * aspect, 9))  # inches
-    high, columns = min(2.6, 0.87 * wide / aspect), min(len(images), max(1, int(3 * columns / wide)))
-    rows, width = math.ceil(len(images) / columns), int(width * wide / 3)
-    wrapped = ["\n".join(textwrap.fill(line, width) for line in printable(title).splitlines()) for title in titles]
-    deepest = max(text.count("\n") + 1 for text in wrapped)
-    height = rows * (high + 0.19 * deepest)  # inches
-    figure, axes = plt.subplots(rows, columns, figsize=(wide * columns, height), squeeze=False)
-    for axis in axes.flat:
+    wide = max(1.5, min(3 * aspect, 9))  # all lengths are in inches
+    high = min(2.6, 0.87 * wide / aspect)
+    columns = max(1, min(len(images), int(3 * columns / wide)))
+    rows = math.ceil(len(images) / columns)
+    wrapper = textwrap.TextWrapper(int(11.34 * wide))  # characters per line
+    texts = ["\n".join(map(wrapper.fill, printable(title).splitlines())) for title in titles]
+    text_height = 0.19 * max(text.count("\n") + 1 for text in texts)
+    height = rows * (high + text_height)
+    figure = plt.figure(figsize=(wide * columns, height))
+    for i, (image, text) in enumerate(zip(images, texts)):
+        axis = figure.add_subplot(rows, columns, i + 1)
         axis.axis("off")
-    for axis, image, text in zip(axes.flat, images, wrapped):
-        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")  # (H, W, 3)
-        axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
-                  parse_math=False)  # a caption may hold a $
-    figure.subplots_adjust(0.02, 0.19 * deepest / height, 0.98, 0.99, wspace=0.05, hspace=0.22 * deepest / high)
+        axis.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")  # (H, W, 3)
+        axis.text(
+            0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
+            parse_math=False,  # a caption may contain a $
+        )
+    space = 1.16 * text_height / high
+    figure.subplots_adjust(0.02, text_height / height, 0.98, 0.99, wspace=0.05, hspace=space)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
+def fade(photos, weights):
+    """Return (n, k, 3, size, size) uint8: k photos (k, 3, size, size), n times, faded to white where
+    the weights of their parts, (n, k, side * side), are small."""
+    n, k, n_parts = weights.shape
+    side = math.isqrt(n_parts)
+    light = weights / weights.amax(dim=(1, 2), keepdim=True)
+    light = F.interpolate(light.view(n, k, side, side), photos.shape[-2:], mode="bicubic").clamp(0, 1)
+    light = 0.2 + 0.8 * light.unsqueeze(2)  # (n, k, 1, size, size)
+    return (255 - light * (255.0 - photos)).byte()
+
+
 def draw_places(path, photos, words, places):
-    """Draw the k photos (k, 3, H, W), then a panel per word: the photos, faded where the model did not look as it wrote
-    the word. places: (words, k * n) shares of the n parts of each photo."""
-    k, size, n_words = len(photos), photos.size(-1), len(words)
-    side = math.isqrt(places.size(1) // k)
-    light = (places / places.amax(dim=1, keepdim=True)).view(n_words, k, side, side)
-    light = F.interpolate(light, (size, size), mode="bicubic").clamp(0, 1)[:, :, None]  # (words, k, 1, size, size)
-    panels = [photos, *(255 - (255.0 - photos) * (0.2 + 0.8 * light)).byte()]  # each (k, 3, size, size)
-    save_grid(path, [side_by_side(panel) for panel in panels], ["", *words], columns=7)
+    """Draw photos, then once per word, faded where the model did not look as it wrote the word.
+
+    photos: (k, 3, size, size) uint8. words: n str. places: (n, k * side * side), the attention to
+    the side x side parts of each photo.
+    """
+    faded = fade(photos, places.unflatten(1, (len(photos), -1)))
+    pictures = [side_by_side(panel) for panel in [photos, *faded]]
+    save_grid(path, pictures, ["", *words], columns=7)
     print(f"wrote {path}")

@@ -1,24 +1,38 @@
 """
-Conversations about drawn images, about pairs of them, and about clips in which things move, grow, appear or vanish.
+Draw images, pairs of images and clips, and write conversations about them.
 
-Every question has one right answer in one wording, so that an answer is checked by comparing strings. Where things are
-counted, or something has changed, or one thing is found by another, the answer says first where, and then how many or
-what: each word is easy once those before it stand there (a chain of thought, Wei et al. 2022).
+Every question has one right answer in one wording, so an answer is checked by comparing strings.
+Some answers reason before they conclude (chain of thought, Wei et al. 2022): if things are counted,
+have changed or are found by their position, the answer says first where, then how many or what.
 """
+
+from itertools import product
 
 import numpy as np
 
-from config.tools.shapes import COLOURS, PLACES, RADII, SHAPES, SIZES, Thing, between, background, draw, draw_scene, \
-    look_of
+from config.tools.shapes import (
+    COLOURS, PLACES, RADII, SHAPES, SIZES, Thing, between, background, describe, draw, draw_scene,
+    look_of, pick, pick_several, position, random_thing
+)
 
 VALUES = {"size": SIZES, "colour": list(COLOURS), "shape": SHAPES}
-GRID = {divmod(i, 3): place for i, place in enumerate(PLACES)}  # (row, column) -> place
-ONE_IMAGE = ("caption", "count", "count", "exists", "size", "colour", "shape", "place", "relation", "follow-up",
-             "follow-up")  # the conversations about each; counting is the hardest
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # columns and rows
+RELATIONS = ("left of", "right of", "above", "below")  # in the order of DIRECTIONS
 NUMBERS = ("none", "one", "two", "three", "four", "five")
-WAYS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # rows and columns
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-ASKS = {  # by kind; {} stands for what is asked about
+ONE_IMAGE = (  # the conversations about a single image; the hardest kinds are listed twice
+    "caption",
+    "count",
+    "count",
+    "exists",
+    "size",
+    "colour",
+    "shape",
+    "place",
+    "relation",
+    "follow-up",
+    "follow-up"
+)
+QUESTIONS = {  # by kind; {} is replaced by what the question is about
     "caption": ("what is there?", "what do you see?", "describe the image"),
     "count": ("how many {} are there?", "how many {} do you see?", "count the {}"),
     "exists": ("is there {}?", "do you see {}?"),
@@ -27,238 +41,337 @@ ASKS = {  # by kind; {} stands for what is asked about
     "shape": ("what shape is {}?", "which shape has {}?"),
     "place": ("where is {}?", "in which place is {}?"),
     "relation": ("what is {}?", "which shape is {}?"),
-    "change": ("what has changed?", "what is different in the second image?", "what is the difference?"),
+    "change": (
+        "what has changed?",
+        "what is different in the second image?",
+        "what is the difference?"
+    ),
     "more": ("which image has more {}?", "in which image are more {}?"),
     "event": ("what happens?", "what happens in the clip?", "describe the clip"),
     "direction": ("which way does {} move?", "where does {} move to?"),
     "does": ("what does {} do?", "what happens to {}?"),
-    "first": ("what happens first?", "what comes first?")}
-LEANING = {"size": ("and how large is it?", "and its size?"), "colour": ("and what colour is it?", "and its colour?"),
-           "shape": ("and what shape is it?", "and its shape?"), "place": ("and where is it?", "and its place?")}
+    "first": ("what happens first?", "what comes first?")
+}
+FOLLOW_UPS = {
+    "size": ("and how large is it?", "and its size?"),
+    "colour": ("and what colour is it?", "and its colour?"),
+    "shape": ("and what shape is it?", "and its shape?"),
+    "place": ("and where is it?", "and its place?")
+}
 
 
-def pick(rng, options):
-    return options[rng.integers(len(options))]
+# things and words for them ------------------------------------------------------------------------
 
+def make_scene(n, rng):
+    """Return n things in the order of their places. No two have the same size, colour and shape.
 
-def a(words):
-    return f"an {words}" if words.startswith("orange") else f"a {words}"
-
-
-def named(attributes):
-    """{attribute: value} -> the words for what has them, such as "large circle" or "thing in the top left"."""
-    words = [attributes.get("size"), attributes.get("colour"), attributes.get("shape", "thing")]
-    return " ".join(filter(None, words)) + (f" in the {attributes['place']}" if "place" in attributes else "")
-
-
-def places_of(things, attributes):
-    return [thing.place for thing in things if all(getattr(thing, name) == value for name, value in attributes.items())]
+    Only two or three colours and shapes occur, so that most things have something in common.
+    """
+    colours = pick_several(VALUES["colour"], 2, 3, rng)
+    shapes = pick_several(SHAPES, 2, 3, rng)
+    places = sorted(rng.permutation(len(PLACES))[:n])
+    kinds = rng.permutation(list(product(SIZES, colours, shapes))).tolist()
+    return [Thing(*kind, PLACES[i]) for kind, i in zip(kinds, places)]
 
 
 def how_many(things, attributes):
-    return len(places_of(things, attributes))
+    """Return how many things have these attributes, a dictionary such as {"colour": "red"}."""
+    return sum(attributes.items() <= thing._asdict().items() for thing in things)
 
 
-def phrase(thing, things, rng, *hidden):
-    """Words that fit this one of the things alone, without its hidden attributes; None where there are none."""
-    shown, options = [name for name in Thing._fields if name not in hidden], []
-    for k in range(1, 2 ** len(shown)):
-        attributes = {name: getattr(thing, name) for i, name in enumerate(shown) if k >> i & 1}
-        if how_many(things, attributes) == 1 and ("place" not in attributes or len(attributes) == 1):
-            options.append(named(attributes))
-    return f"the {pick(rng, options)}" if options else None
+def words_for(attributes):
+    """Return words for a size, colour and shape, such as "large circle" or "red thing"."""
+    attributes = {"shape": "thing"} | attributes
+    return " ".join(attributes[name] for name in VALUES if name in attributes)
 
 
-def make_scene(n, rng):
-    """n things in the order of their places, no two of the same size, colour and shape; of few colours and few shapes,
-    so that most things share something with another."""
-    colours, shapes = (rng.permutation(VALUES[name])[:rng.integers(2, 4)] for name in ("colour", "shape"))
-    kinds = [(size, str(colour), str(shape)) for size in SIZES for colour in colours for shape in shapes]
-    places = sorted(rng.permutation(len(PLACES))[:n])
-    return [Thing(*kinds[k], PLACES[p]) for k, p in zip(rng.permutation(len(kinds)), places)]
+def refer_to(thing, things, hidden, rng):
+    """Return words that fit only this thing, such as "the red circle", or None if there are none.
 
-
-def grid_place(thing):
-    """(row, column), each from 0 to 2"""
-    return np.array(divmod(PLACES.index(thing.place), 3))
+    Attributes whose names are in `hidden` are not used.
+    """
+    subsets = [{}]  # of the thing's attributes
+    for name in VALUES:
+        if name not in hidden:
+            subsets += [subset | {name: getattr(thing, name)} for subset in subsets]
+    options = [words_for(subset) for subset in subsets[1:] if how_many(things, subset) == 1]
+    if "place" not in hidden:
+        options.append(f"thing in the {thing.place}")
+    return f"the {pick(options, rng)}" if options else None
 
 
 def countable(things, rng):
-    """What to count: words, and the attributes of what they mean."""
-    name = pick(rng, ("all", "colour", "shape"))
+    """Return words for things to count, such as "red shapes", and their attributes."""
+    name = pick(("all", "colour", "shape"), rng)
     if name == "all":
         return "shapes", {}
-    value = pick(rng, (getattr(pick(rng, things), name), pick(rng, VALUES[name])))
-    return f"{value} shapes" if name == "colour" else f"{value}es" if value == "cross" else f"{value}s", {name: value}
+    present = getattr(pick(things, rng), name)
+    value = pick((present, pick(VALUES[name], rng)), rng)
+    if name == "colour":
+        return f"{value} shapes", {name: value}
+    return f"{value}s".replace("crosss", "crosses"), {name: value}
 
 
-def describe(things):
-    return ", ".join(f"{a(thing.words())} in the {thing.place}" for thing in things)
+# one image ----------------------------------------------------------------------------------------
+# A conversation is a list of turns, (kind, question, answer). The functions return an empty list if
+# their random choices do not lead to a question with one right answer.
+
+def one_turn(kind, answer, rng, about=""):
+    """Return a conversation of one turn with a question of this kind about `about`."""
+    return [(kind, pick(QUESTIONS[kind], rng).format(about), answer)]
 
 
-def ask(kind, things, rng):
-    """The turns of a conversation about one image, [(kind, question, answer)]; None where the things allow none.
-    follow-up: two or three turns, of which the later lean on what was said."""
-    thing, first = pick(rng, things), kind
+def ask_exists(thing, things, rng):
+    """Ask whether there is such a thing. The answers "yes" and "no" are equally likely.
+
+    If the answer is "no", the question is about something that differs in one attribute.
+    """
+    names = pick_several(list(VALUES), 1, 3, rng)
+    attributes = {name: getattr(thing, name) for name in names}
+    answer = pick(("yes", "no"), rng)
+    if answer == "no":
+        variants = [attributes | {name: value} for name in names for value in VALUES[name]]
+        absent = [variant for variant in variants if not how_many(things, variant)]
+        if not absent:
+            return []
+        attributes = pick(absent, rng)
+    words = f"a {words_for(attributes)}".replace("a orange", "an orange")
+    return one_turn("exists", answer, rng, words)
+
+
+def ask_thing(kind, thing, things, rng):
+    """Ask about a thing.
+
+    Args:
+        kind: The name of an attribute to ask for; "relation" to ask what is left of the thing,
+            right of it, above or below it; or "follow-up" for one of these and further questions.
+    """
+    first_kind = kind
     if kind == "follow-up":
-        first = pick(rng, ("size", "colour", "shape", "place", "relation"))
-    if first == "caption":
-        about, answer = "", describe(things)
-    elif first == "count":
-        about, attributes = countable(things, rng)
-        places = places_of(things, attributes)
-        answer = f"{', '.join(places)}: {NUMBERS[len(places)]}" if places else "none"
-    elif first == "exists":  # yes and no are equally likely; what is not there differs in one attribute from what is
-        shown = [str(name) for name in rng.permutation(list(VALUES))[:rng.integers(1, 4)]]
-        attributes, answer = {name: getattr(thing, name) for name in shown}, pick(rng, ("yes", "no"))
-        if answer == "no":
-            misses = [attributes | {name: value} for name in shown for value in VALUES[name]]
-            attributes = pick(rng, [miss for miss in misses if not how_many(things, miss)] or [None])
-        if attributes is None:
-            return None
-        about = a(named(attributes))
-    elif first == "relation":
-        way, who = pick(rng, list(WAYS)), phrase(thing, things, rng)
-        there = [other for other in things if (grid_place(other) - grid_place(thing)) @ WAYS[way] > 0]
-        if who is None or len(there) > 1 or not there and (kind == "follow-up" or rng.random() < 0.7):
-            return None  # unclear; or "nothing", which would be the answer too often
-        about, answer = f"{way} {who}", f"{way} the {thing.place}: {a(there[0].words()) if there else 'nothing'}"
-        thing = there[0] if there else thing
-    else:  # an attribute
-        about, answer = phrase(thing, things, rng, first), getattr(thing, first)
-        if about is None:
-            return None
-    turns = [(first, pick(rng, ASKS[first]).format(about), answer)]
-    if kind == "follow-up":
-        new = [name for name in rng.permutation(list(LEANING)) if getattr(thing, name) not in " ".join(turns[0][1:])]
-        turns += [(kind, pick(rng, LEANING[name]), getattr(thing, name)) for name in new[:rng.integers(1, 3)]]
-    return turns if kind == turns[-1][0] else None
+        first_kind = pick((*FOLLOW_UPS, "relation"), rng)
+    if first_kind == "relation":
+        relation, step = pick(list(zip(RELATIONS, DIRECTIONS.values())), rng)
+        words = f"{relation} {refer_to(thing, things, (), rng)}"
+        found = [other for other in things if (position(other) - position(thing)) @ step > 0]
+        # Without the random number, "nothing" would be the answer too often.
+        if len(found) > 1 or (not found and (kind == "follow-up" or rng.random() < 0.7)):
+            return []
+        answer = f"{relation} the {thing.place}: nothing"
+        if found:
+            answer = f"{relation} the {thing.place}: a {found[0]}"
+            thing = found[0]  # for the follow-ups
+    else:
+        words = refer_to(thing, things, [first_kind], rng)
+        answer = getattr(thing, first_kind)
+    turns = one_turn(first_kind, answer, rng, words)
+    return follow_up(turns, thing, rng) if kind == "follow-up" else turns
+
+
+def follow_up(turns, thing, rng):
+    """Add one or two turns about the attributes of a thing that the first turn does not name."""
+    known = " ".join(turns[0])
+    names = rng.permutation(list(FOLLOW_UPS))
+    unknown = [name for name in names if getattr(thing, name) not in known]
+    for name in unknown[:rng.integers(1, 3)]:
+        turns.append(("follow-up", pick(FOLLOW_UPS[name], rng), getattr(thing, name)))
+    return turns if unknown else []
 
 
 def ask_until(kind, things, rng):
-    """ask(), again until the things allow it."""
-    while (turns := ask(kind, things, rng)) is None:
-        pass
+    """Return a conversation of this kind about one image. Try until it is not empty."""
+    turns = []
+    while not turns:
+        thing = pick(things, rng)
+        if kind == "caption":
+            turns = one_turn(kind, describe(things), rng)
+        elif kind == "count":
+            words, attributes = countable(things, rng)
+            places = [thing.place for thing in things if how_many([thing], attributes)]
+            answer = f"{', '.join(places)}: {NUMBERS[len(places)]}" if places else "none"
+            turns = one_turn(kind, answer, rng, words)
+        elif kind == "exists":
+            turns = ask_exists(thing, things, rng)
+        else:
+            turns = ask_thing(kind, thing, things, rng)
     return turns
 
 
+def ask_image(rng):
+    """Return a list of one scene, and conversations of all kinds about it."""
+    things = make_scene(rng.integers(1, 5), rng)
+    conversations = [[("caption", "", describe(things))]]  # without a question
+    conversations += [ask_until(kind, things, rng) for kind in ONE_IMAGE]
+    return [things], conversations
+
+
+# two images ---------------------------------------------------------------------------------------
+
 def change(things, rng):
-    """The things of a second image in which one thing differs, or none, and the answer that says what has changed."""
-    what, i = pick(rng, ("colour", "place", "size", "more", "less", "nothing")), rng.integers(len(things))
-    thing, others = things[i], [*things[:i], *things[i + 1:]]
-    free = [place for place in PLACES if place not in [thing.place for thing in things]]
+    """Return a scene in which one thing differs, or none, and the answer to what has changed."""
+    what = pick(("colour", "place", "size", "more", "less", "nothing"), rng)
+    thing = pick(things, rng)
+    others = [other for other in things if other != thing]
+    free = [place for place in PLACES if not how_many(things, {"place": place})]
     if what == "nothing":
         return things, "nothing"
     if what == "less":
-        return others, f"in the {thing.place}, the {thing.words()} is gone"
+        return others, f"in the {thing.place}, the {thing} is gone"
     if what == "more":
-        new = Thing(pick(rng, SIZES), pick(rng, VALUES["colour"]), pick(rng, SHAPES), pick(rng, free))
-        others, answer = things, f"in the {new.place}, there is a new {new.words()}"
+        others = things
+        new = random_thing(free, rng)
+        answer = f"in the {new.place}, there is a new {new}"
     else:
-        value = pick(rng, [v for v in (free if what == "place" else VALUES[what]) if v != getattr(thing, what)])
+        values = free if what == "place" else VALUES[what]
+        value = pick([value for value in values if value != getattr(thing, what)], rng)
         new = thing._replace(**{what: value})
-        answer = f"in the {thing.place}, the {thing.words()} is now {'in the ' * (what == 'place')}{value}"
-    if how_many(things if what == "more" else others, dict(zip(VALUES, new))):
-        return change(things, rng)  # two would look alike
+        now = f"in the {value}" if what == "place" else value
+        answer = f"in the {thing.place}, the {thing} is now {now}"
+    if str(new) in map(str, others):
+        return change(things, rng)  # two things would look alike
     return sorted([*others, new], key=lambda thing: PLACES.index(thing.place)), answer
 
 
+def ask_more(scenes, rng):
+    """Ask which of two images has more of something."""
+    want_equal = rng.random() < 0.3
+    for _ in range(20):  # tries; after the last one, any answer will do
+        words, attributes = countable(pick(scenes, rng), rng)
+        first, second = (how_many(things, attributes) for things in scenes)
+        if (first == second) == want_equal:
+            break
+    if first == second:
+        answer = "neither"
+    else:
+        answer = "the first" if first > second else "the second"
+    return one_turn("more", answer, rng, words)
+
+
 def ask_pair(rng):
-    """Two scenes, and the conversations about both together."""
+    """Return two scenes, the second often a changed copy of the first, and conversations."""
     before = make_scene(rng.integers(1, 5), rng)
-    if changed := rng.random() < 0.8:
+    after = []
+    if rng.random() < 0.8:
         after, answer = change(before, rng)
-        talks = [[("change", pick(rng, ASKS["change"]), answer)]]
-    if not changed or not after:
-        after, talks = make_scene(rng.integers(1, 5), rng), []
-    scenes = before, after
+        conversations = [one_turn("change", answer, rng)]
+    if not after:  # unrelated scenes, or the only thing is gone
+        after = make_scene(rng.integers(1, 5), rng)
+        conversations = []
+    scenes = (before, after)
     for _ in range(2):
-        equal = rng.random() < 0.3
-        for _ in range(20):
-            words, attributes = countable(pick(rng, scenes), rng)
-            counts = [how_many(things, attributes) for things in scenes]
-            if (counts[0] == counts[1]) == equal:
-                break
-        answer = "neither" if counts[0] == counts[1] else ("the first", "the second")[counts[1] > counts[0]]
-        talks.append([("more", pick(rng, ASKS["more"]).format(words), answer)])
-        which = rng.integers(2)  # a question about one of the two
-        kind = pick(rng, ("caption", "count", "size", "colour", "shape", "place"))
-        (_, question, answer), = ask_until(kind, scenes[which], rng)
-        talks.append([("of two", f"in the {('first', 'second')[which]} image, {question}", answer)])
-    return scenes, talks
+        conversations.append(ask_more(scenes, rng))
+        ordinal, things = pick((("first", before), ("second", after)), rng)
+        kind = pick(("caption", "count", *FOLLOW_UPS), rng)
+        [(_, question, answer)] = ask_until(kind, things, rng)
+        conversations.append([("of two", f"in the {ordinal} image, {question}", answer)])
+    return scenes, conversations
+
+
+# clips --------------------------------------------------------------------------------------------
+
+def pick_event(thing, look, things, free, rng):
+    """Let a thing move to a free place, grow, appear or vanish.
+
+    Return what it does, such as "moves left", and its looks before and after, None if it is not
+    visible. Update `free`, the set of the (column, row) of all free places.
+    """
+    directions = [
+        direction for direction, step in DIRECTIONS.items()
+        if tuple(position(thing) + step) in free
+    ]
+    events = ["appears", "vanishes"]
+    if str(thing._replace(size="large")) not in map(str, things):  # nor is the thing large already
+        events = ["grows", "grows", *events]  # twice as likely
+    if directions:
+        events = ["moves", "moves", *events]
+    event = pick(events, rng)
+    if event == "appears":
+        return event, None, look
+    if event == "vanishes":
+        return event, look, None
+    if event == "grows":
+        return event, look, look._replace(radius=look.radius * RADII["large"] / RADII["small"])
+    direction = pick(directions, rng)
+    step = np.array(DIRECTIONS[direction])
+    free.remove(tuple(position(thing) + step))
+    return f"moves {direction}", look, look._replace(middle=look.middle + step / 3)
+
+
+def ask_about_events(things, events, rng):
+    """Return conversations about what the things in a clip do. `events` has one item per thing."""
+    conversations = []
+    hidden = ("place", "size") if "grows" in events else ("place",)  # because these change
+    for thing, event in zip(things, events):
+        words = refer_to(thing, things, hidden, rng)
+        if words is None:
+            continue
+        _, _, direction = event.partition("moves ")
+        if direction or rng.random() < 0.15:
+            conversations.append(one_turn("direction", direction or "nowhere", rng, words))
+        if event != "nothing" or rng.random() < 0.5:
+            conversations.append(one_turn("does", event, rng, words))
+    return conversations
 
 
 def ask_clip(rng):
-    """A clip of four to eight frames in which one or two things change: a list of looks each; and the conversations."""
-    things, said = make_scene(rng.integers(2, 4), rng), []
-    tracks = [(look, look, 0) for look in (look_of(thing, rng) for thing in things)]  # first and last look, and when
-    goes, does, taken = ["nowhere"] * len(things), ["nothing"] * len(things), {thing.place for thing in things}
-    for when, i in enumerate(rng.permutation(len(things))[:rng.integers(1, 3)]):
-        thing, look = things[i], tracks[i][0]
-        targets = {way: GRID.get(tuple(grid_place(thing) + step)) for way, step in DIRECTIONS.items()}
-        ways = [way for way, place in targets.items() if place and place not in taken]
-        grown = {"size": "large", "colour": thing.colour, "shape": thing.shape}
-        grows = thing.size == "small" and not how_many(things, grown)
-        event = pick(rng, ["moves"] * (2 * bool(ways)) + ["grows"] * (2 * grows) + ["appears", "vanishes"])
-        first, last = look, look
-        if event == "moves":
-            goes[i] = pick(rng, ways)
-            taken.add(targets[goes[i]])
-            last = look._replace(middle=look.middle + np.array(DIRECTIONS[goes[i]][::-1]) / 3)
-        elif event == "grows":
-            last = look._replace(radius=look.radius * RADII["large"] / RADII["small"])
-        elif event == "appears":
-            first = None
-        else:
-            last = None
-        tracks[i] = first, last, when
-        who = a(thing.words()) if event == "appears" else f"the {thing.words()}"
-        does[i] = event + (f" {goes[i]}" if event == "moves" else "")
-        said.append(f"{who} {does[i]}")
+    """Return a clip in which one or two things change, and conversations about it.
+
+    The clip is a list of four to eight frames, which are lists of looks.
+    """
+    things = make_scene(rng.integers(2, 4), rng)
+    looks = [look_of(thing, rng) for thing in things]
+    tracks = [(look, look, 0) for look in looks]  # looks before and after an event, and its time
+    events = ["nothing" for thing in things]
+    free = set(product(range(3), range(3))) - {tuple(position(thing)) for thing in things}
+    sentences = []
+    for time, i in enumerate(pick_several(len(things), 1, 2, rng)):
+        events[i], *ends = pick_event(things[i], looks[i], things, free, rng)
+        tracks[i] = (*ends, time)
+        article = "a" if events[i] == "appears" else "the"
+        sentences.append(f"{article} {things[i]} {events[i]}")
     frames = []
-    for now in np.linspace(0, len(said), rng.integers(4, 9)):
-        shares = [min(max(now - when, 0), 1) for *_, when in tracks]  # how far the change of each is
-        looks = [between(first, last, share) for (first, last, _), share in zip(tracks, shares)]
+    for now in np.linspace(0, len(sentences), rng.integers(4, 9)):
+        looks = [between(*ends, np.clip(now - time, 0, 1)) for *ends, time in tracks]
         frames.append([look for look in looks if look])
-    talks = [[("event", pick(rng, ASKS["event"]), ", then ".join(said))]]
-    if len(said) == 2:
-        talks.append([("first", pick(rng, ASKS["first"]), said[0])])
-    hidden = ("place", "size") if "grows" in " ".join(said) else ("place",)
-    for i, (thing, way) in enumerate(zip(things, goes)):
-        who = phrase(thing, things, rng, *hidden)
-        if who and (way != "nowhere" or rng.random() < 0.15):
-            talks.append([("direction", pick(rng, ASKS["direction"]).format(who), way)])
-        if who and (does[i] != "nothing" or rng.random() < 0.5):
-            talks.append([("does", pick(rng, ASKS["does"]).format(who), does[i])])
-    return frames, talks
+    conversations = [one_turn("event", ", then ".join(sentences), rng)]
+    if len(sentences) == 2:
+        conversations.append(one_turn("first", sentences[0], rng))
+    return frames, conversations + ask_about_events(things, events, rng)
+
+
+# the data set -------------------------------------------------------------------------------------
+
+def make_sample(turns, image_ids):
+    """Return a conversation about images in the form that mllm.py reads."""
+    messages = []
+    placeholders = "<image>" * len(image_ids)
+    for kind, question, answer in turns:
+        messages += [
+            {"role": "user", "content": placeholders + question},
+            {"role": "assistant", "content": answer, "kind": kind}
+        ]
+        placeholders = ""  # only in front of the first question
+    return {"images": image_ids, "messages": messages}
 
 
 def draw_conversations(n, size, seed):
-    """n groups of conversations, a quarter about one image, which is the easiest, and as many about two as about the
-    frames of a clip: the images, (m, 3, size, size) uint8; and the groups, lists of samples (see mllm.py) about the
-    same images. An answer says of which kind its question is."""
-    rng, images, groups = np.random.default_rng(seed), [], []
+    """Return drawn images, (m, 3, size, size) uint8, and n groups of conversations about them.
+
+    A group is a list of samples about the same images, {"images": [indices], "messages":
+    [{"role", "content"}]}. An answer also has the "kind" of its question. Of eight groups, two are
+    about one image, which is easiest, three about a pair of images and three about a clip.
+    """
+    rng = np.random.default_rng(seed)
+    images = []
+    groups = []
     for i in range(n):
         begin = len(images)
         if i % 8 >= 5:
-            frames, talks = ask_clip(rng)
-            ground = background(rng)
-            images += [draw(looks, ground, size) for looks in frames]
+            frames, conversations = ask_clip(rng)
+            background_colour = background(rng)
+            images += [draw(looks, background_colour, size) for looks in frames]
         else:
-            if i % 8 >= 2:
-                scenes, talks = ask_pair(rng)
-            else:
-                scenes = [make_scene(rng.integers(1, 5), rng)]
-                talks = [[("caption", "", describe(scenes[0]))]]  # without a question
-                talks += [ask_until(kind, scenes[0], rng) for kind in ONE_IMAGE]
+            scenes, conversations = ask_pair(rng) if i % 8 >= 2 else ask_image(rng)
             images += [draw_scene(things, size, rng) for things in scenes]
-        numbers, group = list(range(begin, len(images))), []
-        for turns in talks:
-            messages = []
-            for kind, question, answer in turns:
-                messages += [{"role": "user", "content": question},
-                             {"role": "assistant", "content": answer, "kind": kind}]
-            messages[0]["content"] = "<image>" * len(numbers) + messages[0]["content"]
-            group.append({"images": numbers, "messages": messages})
-        groups.append(group)
+        image_ids = list(range(begin, len(images)))
+        groups.append([make_sample(turns, image_ids) for turns in conversations])
     return np.stack(images), groups

@@ -1,26 +1,52 @@
-"""Drawn images of coloured shapes with sizes and places; of one or two of them, five differently worded captions."""
+"""
+Draw images of coloured shapes and write captions for them.
 
-import math
+A scene is a list of things, which have a size, a colour, a shape and a place, in words. The look of
+a thing says in numbers how it is drawn. It varies a little from image to image.
+"""
+
 import re
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 215, 50),
-           "purple": (150, 60, 190), "orange": (240, 140, 30)}
-SHAPES, SIZES = ("circle", "square", "triangle", "star", "cross"), ("small", "large")
-RADII = {"small": 0.085, "large": 0.14}  # of a side
-PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
-WORDINGS = {  # {0} is the first shape and {1} its place; {2} and {3} are those of the second
-    1: ("a {0} in the {1}", "there is a {0} at the {1}", "the {1} holds a {0}", "one {0}, {1}",
-        "i see a {0} in the {1}"),
-    2: ("a {0} in the {1} and a {2} in the {3}", "there is a {0} at the {1} and a {2} at the {3}",
-        "the {1} holds a {0} and the {3} a {2}", "one {0}, {1}, and one {2}, {3}",
-        "i see a {0} in the {1} and a {2} in the {3}")}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 215, 50),
+    "purple": (150, 60, 190),
+    "orange": (240, 140, 30)
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIZES = ("small", "large")
+RADII = {"small": 0.085, "large": 0.14}  # as a fraction of the image's side
+PLACES = (  # row by row
+    "top left", "top center", "top right",
+    "middle left", "middle center", "middle right",
+    "bottom left", "bottom center", "bottom right"
+)
+WORDINGS = {  # by the number of things
+    1: (
+        "a {0} in the {0.place}",
+        "there is a {0} at the {0.place}",
+        "the {0.place} holds a {0}",
+        "one {0}, {0.place}",
+        "i see a {0} in the {0.place}"
+    ),
+    2: (
+        "a {0} in the {0.place} and a {1} in the {1.place}",
+        "there is a {0} at the {0.place} and a {1} at the {1.place}",
+        "the {0.place} holds a {0} and the {1.place} a {1}",
+        "one {0}, {0.place}, and one {1}, {1.place}",
+        "i see a {0} in the {0.place} and a {1} in the {1.place}"
+    )
+}
 
 
 class Thing(NamedTuple):
-    """A shape in a drawn image."""
+    """Describe a shape in a scene in words."""
     size: str
     colour: str
     shape: str
@@ -29,99 +55,176 @@ class Thing(NamedTuple):
     def words(self):
         return f"{self.size} {self.colour} {self.shape}"
 
+    __str__ = words  # for f-strings and WORDINGS
+
 
 class Look(NamedTuple):
-    """How a thing is drawn: middle (2,) and radius, in shares of a square image's side; the colour (3,); the shape."""
-    middle: np.ndarray
-    radius: float
-    fill: np.ndarray
+    """Describe how a thing is drawn."""
+    middle: np.ndarray  # x and y as fractions of the image's width and height, (2,)
+    radius: float  # as a fraction of the side of a square image
+    fill: tuple  # red, green and blue, 0 to 255
     shape: str
 
 
-# drawing -------------------------------------------------------------------------------------------------------------
+# random choices -----------------------------------------------------------------------------------
 
-def look_of(thing, rng):
-    """The look of a thing, somewhere near the middle of its place."""
-    row, column = divmod(PLACES.index(thing.place), 3)
-    middle = (2 * np.array([column, row]) + 1) / 6 + rng.uniform(-0.02, 0.02, 2)
-    radius = RADII[thing.size] * rng.uniform(0.92, 1.08)
-    fill = np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-15, 16, 3), 0, 255)
-    return Look(middle, radius, fill, thing.shape)
+def pick(options, rng):
+    """Return a random option, as it is (rng.choice would return a NumPy type)."""
+    return options[rng.integers(len(options))]
+
+
+def pick_several(options, low, high, rng):
+    """Return a list of `low` to `high` different options, in random order.
+
+    An integer n stands for the options 0 to n - 1.
+    """
+    return rng.permutation(options)[:rng.integers(low, high + 1)].tolist()
+
+
+def random_thing(places, rng):
+    """Return a thing of random size, colour and shape in one of the places."""
+    return Thing(pick(SIZES, rng), pick(list(COLOURS), rng), pick(SHAPES, rng), pick(places, rng))
+
+
+def random_things(low, high, rng):
+    """Return `low` to `high` things, in the order of their places."""
+    places = pick_several(PLACES, low, high, rng)
+    return [random_thing([place], rng) for place in sorted(places, key=PLACES.index)]
+
+
+def position(thing):
+    """Return the column and the row of a thing's place, from 0 to 2, (2,)."""
+    return np.array(divmod(PLACES.index(thing.place), 3)[::-1])
+
+
+def look_of(thing, rng, enlarge=1):
+    """Return a look for a thing: near the middle of its place, with about its size and colour.
+
+    Multiply the radius by `enlarge`.
+    """
+    middle = (2 * position(thing) + 1) / 6 + rng.uniform(-0.02, 0.02, 2)
+    radius = RADII[thing.size] * rng.uniform(0.92, 1.08) * enlarge
+    fill = rng.integers(-15, 16, 3) + COLOURS[thing.colour]
+    return Look(middle, radius, tuple(fill.clip(0, 255)), thing.shape)
 
 
 def background(rng):
-    grey = int(rng.integers(0, 80))
-    return grey, grey, grey + int(rng.integers(0, 20))
+    """Return a dark colour, grey or slightly blue: three integers."""
+    grey = rng.integers(80)
+    return grey, grey, grey + rng.integers(20)
 
+
+# drawing ------------------------------------------------------------------------------------------
 
 def between(first, last, share):
-    """The look between two, share of the way; one of them may be None: nothing is seen."""
+    """Return the look a `share` of the way, 0 to 1, from `first` to `last`.
+
+    A look is None while the thing is not visible. It appears or vanishes halfway.
+    """
     if first is None or last is None:
         return last if share >= 0.5 else first
-    mix = lambda x, y: x + share * (y - x)
-    return first._replace(middle=mix(first.middle, last.middle), radius=mix(first.radius, last.radius))
+    return first._replace(
+        middle=first.middle + share * (last.middle - first.middle),
+        radius=first.radius + share * (last.radius - first.radius)
+    )
 
 
-def draw(looks, ground, size, sides=(1, 1)):
-    """[Look] on a ground of one colour -> (3, H, W) uint8; sides: the width and height, in units of size pixels."""
-    from PIL import Image, ImageDraw
-    s, (width, height) = 4 * size, (round(size * side) for side in sides)
-    picture = Image.new("RGB", (4 * width, 4 * height), ground)  # four times as large, then reduced: smooth edges
-    pen = ImageDraw.Draw(picture)
-    for middle, radius, fill, shape in looks:
-        (x, y), r, fill = s * middle, s * radius, tuple(int(c) for c in fill)
-        if shape == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill)
-        elif shape == "square":
-            pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
-        elif shape == "cross":
-            pen.rectangle((x - r, y - 0.32 * r, x + r, y + 0.32 * r), fill)
-            pen.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill)
-        else:  # a polygon around the middle; the star's corners lie in and out by turns
-            radii = (1.1, 1.1, 1.1) if shape == "triangle" else (1.15, 0.48) * 5
-            angles = 2 * math.pi * np.arange(len(radii)) / len(radii)
-            pen.polygon([(x + r * q * math.sin(a), y - r * q * math.cos(a)) for q, a in zip(radii, angles)], fill)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
+def draw_look(pen, look, sides, scale):
+    """Draw a look with an ImageDraw, `pen`, on an image of `sides` times `scale` pixels."""
+    middle, radius, fill, shape = look
+    x, y = middle * sides * scale
+    r = radius * scale
+
+    def rectangle(width, height):
+        pen.rectangle((x - width, y - height, x + width, y + height), fill)
+
+    if shape == "circle":
+        pen.circle((x, y), r, fill)
+    elif shape == "square":
+        rectangle(0.9 * r, 0.9 * r)
+    elif shape == "cross":
+        rectangle(r, 0.32 * r)
+        rectangle(0.32 * r, r)
+    else:  # a polygon, clockwise from the top; inner and outer corners of a star alternate
+        radii = r * np.array(3 * [1.1] if shape == "triangle" else 5 * [1.15, 0.48])
+        angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
+        pen.polygon(list(zip(x + radii * np.sin(angles), y - radii * np.cos(angles))), fill)
+
+
+def draw(looks, background_colour, size, sides=(1, 1)):
+    """Return an image of a list of looks, (3, H, W) uint8.
+
+    Args:
+        background_colour: Red, green and blue, 0 to 255.
+        size: The pixels per unit of length.
+        sides: The width and the height in units of length.
+    """
+    width_height = size * np.array(sides)
+    # Draw at four times the resolution, so that reducing the image smooths its edges.
+    image = Image.new("RGB", tuple(4 * width_height), background_colour)
+    pen = ImageDraw.Draw(image)
+    for look in looks:
+        draw_look(pen, look, sides, 4 * size)
+    return np.asarray(image.resize(width_height, Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def draw_scene(things, size, rng):
-    """[Thing] -> (3, size, size) uint8"""
-    ground = background(rng)
-    return draw([look_of(thing, rng) for thing in things], ground, size)
+    """Return an image of a list of things, (3, size, size) uint8."""
+    background_colour = background(rng)
+    return draw([look_of(thing, rng) for thing in things], background_colour, size)
 
+
+# data sets ----------------------------------------------------------------------------------------
 
 def draw_shapes(n, size, seed):
-    """n images of one or two shapes, (n, 3, size, size) uint8, and five differently worded captions of each."""
-    rng, images, captions = np.random.default_rng(seed), np.empty((n, 3, size, size), np.uint8), []
-    choose = lambda options: options[rng.integers(len(options))]
-    for i in range(n):
-        places = rng.permutation(len(PLACES))[:rng.integers(1, 3)]
-        things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in sorted(places)]
-        images[i] = draw_scene(things, size, rng)
-        words = [text for thing in things for text in (thing.words(), thing.place)]
-        captions.append([wording.format(*words) for wording in WORDINGS[len(things)]])
-    return images, captions
+    """Return n images of one or two things, (n, 3, size, size) uint8, and their captions.
+
+    Every image has a list of five captions that say the same in different words.
+    """
+    rng = np.random.default_rng(seed)
+    images = []
+    captions = []
+    for _ in range(n):
+        things = random_things(1, 2, rng)
+        images.append(draw_scene(things, size, rng))
+        captions.append([wording.format(*things) for wording in WORDINGS[len(things)]])
+    return np.array(images), captions
 
 
 def draw_wide(n, seed):
-    """n PIL images of two to four shapes, wide, square or tall, 3:1 to 1:3, and a caption of each. A shape is 6 to 10
-    pixels wide in a picture of, say, 96 x 32, and 2 to 3 when that is squeezed to 32 x 32."""
-    from PIL import Image
-    rng, pictures, captions = np.random.default_rng(seed), [], []
-    choose = lambda options: options[rng.integers(len(options))]
+    """Return n PIL images of two to four things, wide (3:1) to tall (1:3), and their captions.
+
+    Every image has a list of one caption. A shape is 6 to 10 pixels wide, but only 2 to 3 when an
+    image of 96 x 32 pixels is squeezed to 32 x 32.
+    """
+    rng = np.random.default_rng(seed)
+    images = []
+    captions = []
     for _ in range(n):
-        places = sorted(rng.permutation(len(PLACES))[:rng.integers(2, 5)])
-        things = [Thing(choose(SIZES), choose(list(COLOURS)), choose(SHAPES), PLACES[p]) for p in places]
-        sides = np.array(choose([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)]))  # in squares of 32 pixels
-        looks = [look_of(thing, rng) for thing in things]
-        looks = [look._replace(middle=look.middle * sides, radius=1.15 * look.radius) for look in looks]
-        pictures.append(Image.fromarray(draw(looks, background(rng), 32, sides).transpose(1, 2, 0)))
-        captions.append([", ".join(f"a {thing.words()} in the {thing.place}" for thing in things)])
-    return pictures, captions
+        things = random_things(2, 4, rng)
+        sides = pick([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)], rng)  # in units of 32 pixels
+        looks = [look_of(thing, rng, enlarge=1.15) for thing in things]
+        pixels = draw(looks, background(rng), 32, sides)
+        images.append(Image.fromarray(pixels.transpose(1, 2, 0)))
+        captions.append([describe(things)])
+    return images, captions
+
+
+# captions -----------------------------------------------------------------------------------------
+
+def describe(things):
+    """Return a caption that lists the things."""
+    return ", ".join(f"a {thing} in the {thing.place}" for thing in things)
 
 
 def attributes(caption):
-    """The (size, colour, shape, place) of each thing that a caption of a drawn image names, sorted."""
-    things = re.findall(f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption)
+    """Return the sorted (size, colour, shape, place) of the things in a caption.
+
+    Return an empty list if the numbers of things and places differ.
+    """
+    pattern = f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    things = re.findall(pattern, caption)
     places = re.findall("|".join(PLACES), caption)
-    return sorted((*thing, place) for thing, place in zip(things, places)) if len(things) == len(places) else []
+    if len(things) != len(places):
+        return []
+    return sorted((*thing, place) for thing, place in zip(things, places))

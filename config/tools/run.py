@@ -1,0 +1,322 @@
+"""
+What every run needs besides its model and its data.
+
+    errors        fail, one_line_errors
+    machine       pick_device, place, autocast
+    processes     is_main, my_share, sum_over_processes, gather
+    randomness    shared_generator, seed_step, epoch_rows
+    files         save, load, start, log
+
+Under torchrun every process computes a share of each batch; the first one, rank 0, evaluates, prints and writes.
+"""
+
+import atexit
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config import read_settings
+
+# errors --------------------------------------------------------------------------------------------------------------
+
+
+def fail(message):
+    """End the program: print a one-line error and exit with status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def one_line_errors(main):
+    """Decorate main so that a failed assertion, an OSError and Ctrl-C end in one line and exit status 1.
+
+    These are what a user can cause; any other exception is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            message = "stopped; --init_from=resume continues a training run from its last evaluation"
+        except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1)
+        except (AssertionError, OSError) as e:
+            if not str(e):
+                raise  # an assertion without a message is a bug
+            message = e
+        show_progress("")
+        process = f" (process {rank()})" if rank() else ""
+        fail(f"{message}{process}")
+
+    return wrapped
+
+
+def show_progress(text):
+    """Replace the last line of a terminal by text. Prints nothing where the output goes to a file."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+# machine -------------------------------------------------------------------------------------------------------------
+
+def pick_device(device):
+    """Return a torch.device: for "auto" cuda, mps or cpu, whichever is there first.
+
+    Under torchrun the processes find each other here, and each takes a GPU of its own.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available() and not several:
+            device = "mps"
+    if several and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        fail(f"device={device} is not available here; device=auto takes what there is")
+    if several and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory, which the next training step needs again.
+
+    Otherwise every large tensor is mapped anew, page by page. Other C libraries do without.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+def pick_dtype(dtype, device):
+    """Return "float32" or "bfloat16"; for "auto" bfloat16 where the hardware has instructions for it."""
+    assert dtype in ("auto", "float32", "bfloat16"), f"dtype={dtype}: auto, float32 or bfloat16"
+    if dtype != "auto":
+        return dtype
+    has_bfloat16 = False
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def place(model, device, dtype):
+    """Move the model to the device; autocast(model) then computes in dtype."""
+    model.compute_dtype = pick_dtype(dtype, device)
+    return model.to(device, memory_format=torch.channels_last)  # which convolutions on CPUs prefer
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def uses_bfloat16(model):
+    return getattr(model, "compute_dtype", "float32") == "bfloat16"
+
+
+def autocast(model):
+    """Return a context in which matrix products run in the number type that place() has set."""
+    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=uses_bfloat16(model))
+
+
+# processes -----------------------------------------------------------------------------------------------------------
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main():
+    return rank() == 0
+
+
+def n_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def check_batch(batch_size, accumulation):
+    n_parts = accumulation * n_processes()
+    assert batch_size % n_parts == 0, f"batch_size={batch_size} cannot be split into {n_parts} equal parts"
+
+
+def my_share(batch):
+    """Return the rows of a batch, a tensor or a list, that this process computes."""
+    n = len(batch) // n_processes()
+    return batch[rank() * n:(rank() + 1) * n]
+
+
+def sum_over_processes(value, device):
+    """Return the sum of a number over all processes."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item()
+
+
+def gather(tensor):
+    """Return the tensors of all processes, of one shape and without gradients, in a list."""
+    if not dist.is_initialized():
+        return [tensor.detach()]
+    tensors = [torch.empty_like(tensor) for _ in range(n_processes())]
+    dist.all_gather(tensors, tensor.detach().contiguous())
+    return tensors
+
+
+# randomness ----------------------------------------------------------------------------------------------------------
+# Everything random in a step is drawn from a generator seeded by (seed, step), so a resumed run continues exactly.
+
+def shared_generator(seed, step):
+    """Return the generator of what all processes draw alike in a step, such as the rows of its batch."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def seed_step(seed, step):
+    """Seed what each process draws for itself in a step: augmentation, dropout, samples."""
+    torch.manual_seed(seed * 1_000_003 + step + (rank() + 1) * 1_000_000_007)
+
+
+def epoch_rows(n, batch_size, step, seed):
+    """Return the (batch_size,) indices of this step's batch: sampled without replacement within an epoch over n
+    rows, and identical on all ranks."""
+    epoch, position = divmod(step, n // batch_size)
+    order = torch.randperm(n, generator=shared_generator(seed, epoch))
+    return order[position * batch_size:(position + 1) * batch_size]
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def new_file(path):
+    """Yield a temporary path, which is renamed to path if the block ends well: no half-written file gets the name."""
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # RuntimeError: of torch.save
+        fail(f"could not write {path} (is the disk full?): {str(e).splitlines()[0]}")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(path, checkpoint):
+    """Write a checkpoint, a dict of tensors and plain values."""
+    with new_file(path) as partial:
+        torch.save(checkpoint, partial)
+
+
+def checkpoint(stage, settings, model, optimizers, **values):
+    """Return what a run saves: the state of the model and the optimizers, and values such as the step."""
+    return {"stage": stage, "settings": settings, "config": dataclasses.asdict(model.config),
+            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **values}
+
+
+def restore(checkpoint, model, optimizers):
+    """Load the state of the model and the optimizers from a checkpoint."""
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+
+
+def load(path, *stages):
+    """Return the checkpoint at path, on the CPU, which one of the stages ("vit", "gpt", ...) has saved."""
+    path = Path(path)
+    assert path.is_file(), f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(path.parent)}"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        stage = checkpoint["stage"]
+    except Exception as e:  # of many types, depending on what the file is
+        fail(f"{path} cannot be read as a checkpoint of this project: {str(e).splitlines()[0]}")
+    assert stage in stages, f"{path} is a checkpoint of {stage}.py, not of {' or '.join(stages)}"
+    return checkpoint
+
+
+def recipe_of(out_dir):
+    """Return the recipe with this out_dir, after a space, or "" if there is none."""
+    for recipe in sorted(Path("config").glob("[!_]*.py")):
+        if read_settings(recipe).get("out_dir", ("",))[0] == str(out_dir):
+            return f" {recipe}"
+    return ""
+
+
+def start(stage, settings):
+    """Begin a run in out_dir. Return the checkpoint to resume from, or None for a new run.
+
+    A new run renames the checkpoints of an earlier one to *.old.pt and begins a new log.
+    """
+    out = Path(settings["out_dir"])
+    if settings["init_from"] == "resume":
+        checkpoint = load(out / "last.pt", stage)
+        for name, value in settings.items():
+            before = checkpoint["settings"].get(name)
+            if value != before and name not in ("init_from", "out_dir"):
+                print(f"note: {name} is {value!r}, and was {before!r} when the run began")
+        print(f"resuming from {out / 'last.pt'}, step {checkpoint['step']}")
+        return checkpoint
+    if is_main():
+        (out / "log.csv").unlink(missing_ok=True)
+        for path in sorted(out.glob("*.pt")):
+            if not path.name.endswith(".old.pt"):
+                path.replace(path.with_suffix(".old.pt"))
+                print(f"renamed {path} of an earlier run to {path.stem}.old.pt")
+    return None
+
+
+def show_step(step, max_steps, losses):
+    """Show the progress of a run now and then; reading the loss at every step would make a GPU wait."""
+    if step % 10 == 0:
+        show_progress(f"step {step}/{max_steps} | loss {losses[-1].item():.3f}")
+
+
+def pace(losses, seconds):
+    """Return the log's columns about the steps since the last evaluation: their mean loss and time per step."""
+    if not losses:
+        return {}
+    train = torch.stack(losses).mean().item()
+    return {"train": train, "ms_per_step": 1000 * seconds / len(losses)}
+
+
+def log(out_dir, row, brief=()):
+    """Write a row, {"step": ..., name: value, ...}, to out_dir/log.csv, and print its columns named in brief.
+
+    Values of a step that is already in the log are added to its row; rows of later steps, which a run wrote before it
+    was interrupted, are dropped.
+    """
+    assert math.isfinite(row.get("train", 0.0)), f"the training loss is {row['train']} before step {row['step']}"
+    path = Path(out_dir) / "log.csv"
+    rows = []
+    if path.is_file():
+        with open(path, newline="") as f:
+            rows = [r for r in csv.DictReader(f) if int(r["step"]) <= row["step"]]
+    if not rows or int(rows[-1]["step"]) < row["step"]:
+        rows.append({})
+    rows[-1] |= {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+    columns = dict.fromkeys(name for r in rows for name in r)
+    with new_file(path) as partial, open(partial, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    show_progress("")
+    texts = [f"{name} {row[name]:.4g}" for name in brief if isinstance(row.get(name), (int, float))]
+    if texts:
+        print(f"step {row['step']} | " + " | ".join(texts), flush=True)
