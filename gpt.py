@@ -108,7 +108,7 @@ def write_texts(model, tokenizer, text, n, echo=False):
     echo: print the first one while it is written.
     """
     bos = [tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []
-    eos_id = getattr(tokenizer, "eos_id", None)
+    eos_id = getattr(tokenizer, "eos_id", -1)
     device = run.device_of(model)
     ids = torch.tensor([bos + tokenizer.encode(text)] * n, device=device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -410,8 +410,10 @@ def build_model(data):
         gpt = load_part(gpt_ckpt, "gpt")
         gpt_config = GPTConfig(**gpt["config"])
         assert gpt["tokenizer"] == tokenizer.state(), f"{gpt_ckpt} has another tokenizer than data/{dataset}"
-    vit_config = dataclasses.replace(vit_config, dropout=dropout, patch_dropout=patch_dropout, max_tiles=max_tiles,
-                                     across_layer=across_layer, keep=keep_blocks)
+    vit_config = dataclasses.replace(vit_config, dropout=dropout, patch_dropout=patch_dropout)
+    if max_tiles > 1:
+        vit_config = dataclasses.replace(vit_config, kind="tiles", max_tiles=max_tiles, across_layer=across_layer,
+                                         keep=keep_blocks)
     gpt_config.dropout = dropout
     if fusion == "cross":
         gpt_config.cross_every = cross_every
@@ -593,7 +595,7 @@ def main(argv=None):
     model = run.place(build_model(data), dev, dtype)
     tokenize(data, model)
     sizes = ", ".join(f"{len(groups):,} for {split}" for split, groups in data["groups"].items())
-    print(f"{dataset}: groups of samples: {sizes}; {model.config.n_image_tokens(image_size)} image tokens each; on {dev}")
+    print(f"{dataset}: groups of samples: {sizes}; on {dev}")
     seconds = 0.0
     n_align = math.ceil(align_share * max_steps)
     if n_align and not (resumed and resumed["phase"] == "sft"):

@@ -160,7 +160,7 @@ def draw_predictions(model, data, rows, path):
     images = data["images"][rows].cpu()
     with evaluating(model), run.autocast(model):
         features = model.features(resize(images.to(run.device_of(model)), model.config.image_size))
-        attention = model.pool.attn_weights(features).mean(dim=2)  # (n, N), the mean of the heads
+        attention = model.pool.score(features).softmax(dim=1).mean(dim=2)  # (n, N), the mean of the heads
         predicted = model.head(model.pool(features)).argmax(dim=1).tolist()
     photos = F.interpolate(images, 128)
     pictures = torch.cat((photos, fade(photos, attention.float().cpu()[None])[0]), dim=3)

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,43 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from config.tools.run import fail, new_file, show_progress
-from model import LAYOUTS, TiledImages, best_layout, tokenizer_from_state
+from model import LAYOUTS, tokenizer_from_state
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow
+
+
+@dataclass
+class TiledImages:
+    """M images on up to T tiles each, the form in which model.TiledMLLM takes images."""
+    pixels: torch.Tensor  # (M, T, 3, H, W) uint8, zeros in the tiles that a layout lacks
+    layouts: torch.Tensor  # (M,), indices in LAYOUTS
+
+    def __len__(self):
+        return len(self.layouts)
+
+    def __getitem__(self, rows):
+        return TiledImages(self.pixels[rows], self.layouts[rows])
+
+    def to(self, device):
+        return TiledImages(self.pixels.to(device), self.layouts.to(device))
+
+
+def best_layout(width, height, max_tiles):
+    """Return the index in LAYOUTS of the grid of square tiles for an image.
+
+    width, height: of the image, in tiles. Of the grids of at most max_tiles, the one on which the
+    image is reduced least; of several the one that is padded least, and then the smallest.
+    """
+    def cost(i):
+        rows, columns = LAYOUTS[i]
+        scale = min(columns / width, rows / height)  # the image then fits
+        padding = rows * columns - scale ** 2 * width * height
+        return max(0.0, 1 - scale), round(padding, 6), rows * columns
+
+    allowed = [i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles]
+    return min(allowed, key=cost)
 
 
 # from PIL images to tensors -----------------------------------------------------------------------

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from config.tools.data import download
 from config.tools.run import fail, load, n_processes
-from model import ACTIVATIONS, TOKENIZERS, BPETokenizer
+from model import ACTIVATIONS, TOKENIZERS, VITS, BPETokenizer, LayerNorm, ViT
 
 GPT2_FILES = ("vocab.json", "merges.txt", "model.safetensors")
 CLIP_FILES = ("pytorch_model.bin",)
@@ -304,11 +305,30 @@ def load_clip_vit(where):
         "n_embd": n_embd,
         "activation": "quick_gelu",
         "stem": "patch",
-        "clip_layout": True,
+        "kind": "clip",
         "pixel_mean": mean,
         "pixel_std": std,
     }
     return {"config": config, "model": model, "step": 0}
+
+
+class CLIPViT(ViT):
+    """The vision tower of OpenAI's CLIP: a class token before the patches, which features() omits, a norm before the
+    first block and none after the last."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.n_embd))
+        self.pre_norm = LayerNorm(config.n_embd)
+        self.encoder.norm = nn.Identity()
+
+    def features(self, images):
+        x = self.embed_patches(images)
+        x = torch.cat((self.class_token.expand(len(x), 1, -1), x), dim=1)
+        return self.encoder(self.drop(self.pre_norm(x)))[:, 1:]
+
+
+VITS["clip"] = CLIPViT
 
 
 def load_part(where, stage):
