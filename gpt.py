@@ -1,5 +1,6 @@
 """
-Stage 2: a GPT learns Tiny Shakespeare character by character, or the language of photo captions token by token.
+Stage 2: a GPT learns Tiny Shakespeare character by character, or the language of photo captions
+token by token.
 
     python prepare_shakespeare.py && python gpt.py config/shakespeare_cpu.py
     python gpt.py config/shakespeare_cpu.py --prompt="ROMEO:"
@@ -28,7 +29,9 @@ out_dir = "out/shakespeare"  # checkpoints, log and samples
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
-context = 0  # with eval_only and prompt: tokens that the model reads at once; 0: as many as in training
+context = (
+    0  # with eval_only and prompt: tokens that the model reads at once; 0: as many as in training
+)
 yarn = 1.0  # with context: context over block_size of the training, so that rotary positions reach as far (YaRN)
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
@@ -75,8 +78,8 @@ def load_split(split):
 
 
 def get_batch(ids, step):
-    """Return this process's share of the random windows of a step: inputs and targets, (B, T) each, where the targets
-    are one token later."""
+    """Return this process's share of the random windows of a step: inputs and targets, (B, T) each,
+    where the targets are one token later."""
     draw = run.shared_generator(seed, step)
     starts = torch.randint(len(ids) - block_size, (batch_size, 1), generator=draw)
     starts = run.my_share(starts).to(ids.device)
@@ -86,13 +89,14 @@ def get_batch(ids, step):
 
 @torch.no_grad()
 def evaluate(model, ids, batch_size):
-    """Return the mean loss in nats per token over all of ids, in consecutive windows of the model's block_size."""
+    """Return the mean loss in nats per token over all of ids, in consecutive windows of the model's
+    block_size."""
     T = model.config.block_size
     n = (len(ids) - 1) // T * T
-    inputs, targets = ids[:n].view(-1, T), ids[1:n + 1].view(-1, T)
+    inputs, targets = ids[:n].view(-1, T), ids[1 : n + 1].view(-1, T)
     batches = list(zip(inputs.split(batch_size), targets.split(batch_size))) if n else []
     if n < len(ids) - 1:  # the rest, as one shorter window
-        batches.append((ids[None, n:-1], ids[None, n + 1:]))
+        batches.append((ids[None, n:-1], ids[None, n + 1 :]))
     device = run.device_of(model)
     total = 0.0
     with evaluating(model), run.autocast(model):
@@ -114,13 +118,21 @@ def write_texts(model, tokenizer, text, n, echo=False):
     generator = torch.Generator(device).manual_seed(seed)
     columns, shown = [], ""
     with run.autocast(model):
-        for column in model.stream(ids, max_new_tokens, eos_id, temperature=temperature, top_k=top_k, top_p=top_p,
-                                   generator=generator):
+        for column in model.stream(
+            ids,
+            max_new_tokens,
+            eos_id,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        ):
             columns.append(column.tolist())  # n ids
             if echo:
                 written = tokenizer.decode([column[0] for column in columns])
-                if not written.endswith("\ufffd"):  # else a character whose last bytes are still to come
-                    print(written[len(shown):], end="", flush=True)
+                # else a character whose last bytes are still to come
+                if not written.endswith("\ufffd"):
+                    print(written[len(shown) :], end="", flush=True)
                     shown = written
     return [text + tokenizer.decode(row) for row in zip(*columns)]
 
@@ -136,7 +148,9 @@ def use(device):
     model = run.place(model, device, dtype)
     if eval_only:
         ids, state = load_split(eval_split)
-        assert state == checkpoint["tokenizer"], f"data/{dataset} has another tokenizer than {out_dir}/best.pt"
+        assert state == checkpoint["tokenizer"], (
+            f"data/{dataset} has another tokenizer than {out_dir}/best.pt"
+        )
         loss = evaluate(model, ids, batch_size)
         print(f"{out_dir}/best.pt, step {checkpoint['step']}: {eval_split} loss {loss:.4f}")
         return
@@ -150,7 +164,7 @@ def use(device):
     else:
         texts = write_texts(model, tokenizer, text, num_samples)
         print(f"\n{'-' * 40}\n".join(texts))
-    n_tokens = sum(len(tokenizer.encode(written[len(text):])) for written in texts)
+    n_tokens = sum(len(tokenizer.encode(written[len(text) :])) for written in texts)
     print(f"{'-' * 40}\n{n_tokens / (time.perf_counter() - start):,.0f} tokens per second")
 
 
@@ -164,7 +178,9 @@ def main(argv=None):
 
     train_ids, tokenizer_state = load_split("train")
     val_ids, _ = load_split("val")
-    assert len(train_ids) > block_size and len(val_ids) > 1, f"data/{dataset} is too small for block_size={block_size}"
+    assert len(train_ids) > block_size and len(val_ids) > 1, (
+        f"data/{dataset} is too small for block_size={block_size}"
+    )
     run.check_batch(batch_size, accumulation)
     train_ids = train_ids.to(dev)
     tokenizer = tokenizer_from_state(tokenizer_state)
@@ -172,16 +188,30 @@ def main(argv=None):
 
     resumed = run.start("gpt", settings)
     torch.manual_seed(seed)
-    model_config = GPTConfig(tokenizer.vocab_size, block_size, n_layer, n_head, n_embd, dropout, activation, norm,
-                             n_experts=n_experts, experts_per_token=experts_per_token)
+    model_config = GPTConfig(
+        tokenizer.vocab_size,
+        block_size,
+        n_layer,
+        n_head,
+        n_embd,
+        dropout,
+        activation,
+        norm,
+        n_experts=n_experts,
+        experts_per_token=experts_per_token,
+    )
     model = run.place(GPT(model_config), dev, dtype)
     optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
     step, seconds, best, samples = 0, 0.0, float("inf"), {}
     if resumed:
-        step, seconds, best, samples = (resumed[name] for name in ("step", "seconds", "best", "samples"))
+        step, seconds, best, samples = (
+            resumed[name] for name in ("step", "seconds", "best", "samples")
+        )
         run.restore(resumed, model, optimizers)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; {n_parameters:,} parameters on {dev}")
+    print(
+        f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; {n_parameters:,} parameters on {dev}"
+    )
 
     losses = []  # since the last evaluation
     start = time.perf_counter()
@@ -189,15 +219,30 @@ def main(argv=None):
         factor = lr_factor(step, max_steps, warmup_steps, cooldown)
 
         if step % eval_interval == 0 or step == max_steps:
-            row = {"step": step, "lr": factor * adam_lr} | run.pace(losses, time.perf_counter() - start)
+            row = {"step": step, "lr": factor * adam_lr} | run.pace(
+                losses, time.perf_counter() - start
+            )
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 val = evaluate(model, val_ids, batch_size)
                 samples[step] = write_texts(model, tokenizer, beginning, 1)[0]
-                run.log(out, row | {"val": val, "minutes": seconds / 60}, ("train", "val", "lr", "ms_per_step", "minutes"))
+                run.log(
+                    out,
+                    row | {"val": val, "minutes": seconds / 60},
+                    ("train", "val", "lr", "ms_per_step", "minutes"),
+                )
                 is_best, best = val < best, min(val, best)
-                checkpoint = run.checkpoint("gpt", settings, model, optimizers, step=step, seconds=seconds, best=best,
-                                            samples=samples, tokenizer=tokenizer_state)
+                checkpoint = run.checkpoint(
+                    "gpt",
+                    settings,
+                    model,
+                    optimizers,
+                    step=step,
+                    seconds=seconds,
+                    best=best,
+                    samples=samples,
+                    tokenizer=tokenizer_state,
+                )
                 if is_best:
                     run.save(out / "best.pt", checkpoint)
                 run.save(out / "last.pt", checkpoint)
@@ -212,7 +257,8 @@ def main(argv=None):
         for x_part, y_part in zip(x.chunk(accumulation), y.chunk(accumulation)):
             with run.autocast(model):
                 _, part_loss = model(x_part, y_part)
-                part_loss = part_loss / (accumulation * run.n_processes())  # part of the loss of the batch
+                # part of the loss of the batch
+                part_loss = part_loss / (accumulation * run.n_processes())
             part_loss.backward()
             loss += part_loss.detach()
         losses.append(update(model, optimizers, loss, factor, grad_clip))
@@ -224,8 +270,10 @@ def main(argv=None):
         text = "\n\n".join(f"--- after {step} steps\n{sample}" for step, sample in samples.items())
         (out / "sample.txt").write_text(text + "\n", encoding="utf-8")
         print(samples[step])
-        print(f"best validation loss {best:.4f} after {seconds / 60:.1f} minutes of training; "
-              f"wrote {out}/loss.png, sample.txt")
+        print(
+            f"best validation loss {best:.4f} after {seconds / 60:.1f} minutes of training; "
+            f"wrote {out}/loss.png, sample.txt"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and writes a caption, or answers questions
-about one image, several, or a clip.
+Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and writes a caption,
+or answers questions about one image, several, or a clip.
 
     python mllm.py                                      drawn shapes: no download
     python mllm.py --image=photo.png                    caption a picture with what that run has learnt
@@ -10,9 +10,10 @@ about one image, several, or a clip.
     python mllm.py config/flickr8k_cpu.py               photos, after the commands of README's "The chain on photos"
     python mllm.py config/flickr8k_cpu.py --image=photo.jpg --num_captions=5
 
-Training has two phases: `align`, on captions alone, trains what is new, such as the connector, while the parts from
-stages 1 and 2 are frozen; `sft` (supervised fine-tuning) trains all parts, or all but the ViT, on all samples. A run
-writes log.csv, loss.png, captions.png or answers.png, sft.pt (the best on validation) and last.pt to out_dir.
+Training has two phases: `align`, on captions alone, trains what is new, such as the connector,
+while the parts from stages 1 and 2 are frozen; `sft` (supervised fine-tuning) trains all parts, or
+all but the ViT, on all samples. A run writes log.csv, loss.png, captions.png or answers.png, sft.pt
+(the best on validation) and last.pt to out_dir.
 """
 
 import dataclasses
@@ -26,15 +27,24 @@ import torch
 
 import config
 from config.tools import answers, run
-from config.tools.data import augment_photos, load_photos, to_images
+from config.tools.data import augment_photos, caption_samples, load_groups, to_images
 from config.tools.metrics import caption_scores
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
 from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_part
 from config.tools.questions import draw_conversations
 from config.tools.shapes import draw_shapes, draw_wide
-from model import (IGNORE_INDEX, IMAGE_ID, BPETokenizer, GPTConfig, MLLMConfig, ViTConfig, evaluating, make_mllm,
-                   tokenizer_from_state)
+from model import (
+    IGNORE_INDEX,
+    IMAGE_ID,
+    BPETokenizer,
+    GPTConfig,
+    MLLMConfig,
+    ViTConfig,
+    evaluating,
+    make_mllm,
+    tokenizer_from_state,
+)
 
 # the run
 out_dir = "out/shapes"  # checkpoints, log and pictures
@@ -54,7 +64,9 @@ n_drawn = 10000  # images, or groups of them, to draw; a twentieth, at most 500,
 image_size = 48  # pixels a side that the model sees
 max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles of that size; needs fusion=cross
 train_size = 0  # pixels a side of what is seen of a training photo: things look larger in crops; 0: image_size
-crop = 1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
+crop = (
+    1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
+)
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
 mirror = False  # mirror half of the training photos, but none with a text in the batch that says left or right
 word_dropout = 0.0  # share of the tokens that are hidden from the GPT while it learns to write the ones after them
@@ -83,7 +95,9 @@ n_experts = 0  # feed-forward layers in each of its blocks, a mixture of experts
 experts_per_token = 2  # how many of them a token passes through
 dropout = 0.0  # in the ViT and the GPT
 patch_dropout = 0.0  # share of the patches that are left out in training; needs fusion=cross
-label_smoothing = 0.0  # share of the target that is spread over all words, in the training loss alone
+label_smoothing = (
+    0.0  # share of the target that is spread over all words, in the training loss alone
+)
 # optimization
 align_share = 0.0  # part of the run for the phase align: captions alone, and what a checkpoint brought is frozen
 train_vit = True  # the phase sft trains the ViT too
@@ -95,21 +109,18 @@ warmup_steps = 50  # steps in which the rate rises to its peak, in each phase
 cooldown = 0.8  # the last part of each phase, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 200  # steps between evaluations
-# decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of greedy
+# decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of
+# greedy
 beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # with image, above 0: sample at this temperature
 num_captions = 1  # with image: captions of each
 
 
-# samples -------------------------------------------------------------------------------------------------------------
-# A sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text}, ...]} with <image> in
-# the text where an image belongs; tokenize() adds "ids" and "is_answer". Samples about the same images are a group.
-
-def caption_samples(i, captions):
-    """Return the group of samples in which the assistant describes image i without a question."""
-    ask = {"role": "user", "content": "<image>"}
-    return [{"images": [i], "messages": [ask, {"role": "assistant", "content": caption}]} for caption in captions]
+# samples ------------------------------------------------------------------------------------------
+# A sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text},
+# ...]} with <image> in the text where an image belongs; tokenize() adds "ids" and "is_answer".
+# Samples about the same images are a group.
 
 
 def texts_of(sample):
@@ -117,45 +128,50 @@ def texts_of(sample):
 
 
 def load_samples(dataset, image_size, n_drawn, max_tiles):
-    """Return {images: (n, 3, image_size, image_size) uint8, or TiledImages; image_size; groups: {train, val, test: lists
-    of groups}; drawn: whether images are drawn here; asks: whether there are questions; metric: the score that
-    chooses the best checkpoint; tokenizer}."""
+    """Return {images: (n, 3, image_size, image_size) uint8, or TiledImages; image_size; groups:
+    {train, val, test: lists of groups}; drawn: whether images are drawn here; asks: whether there
+    are questions; metric: the score that chooses the best checkpoint; tokenizer}."""
     drawn = dataset in ("shapes", "wide", "questions")
     if drawn:
         if dataset == "questions":
             images, groups = draw_conversations(n_drawn, image_size, seed=0)
         else:
-            images, captions = draw_shapes(n_drawn, image_size, 0) if dataset == "shapes" else draw_wide(n_drawn, 0)
+            images, captions = (
+                draw_shapes(n_drawn, image_size, 0)
+                if dataset == "shapes"
+                else draw_wide(n_drawn, 0)
+            )
             groups = [caption_samples(i, texts) for i, texts in enumerate(captions)]
-        images = to_images(images, image_size, max_tiles) if dataset == "wide" else torch.from_numpy(images)
+        images = (
+            to_images(images, image_size, max_tiles)
+            if dataset == "wide"
+            else torch.from_numpy(images)
+        )
         n = min(n_drawn // 20, 500)
-        groups = {"train": groups[2 * n:], "val": groups[:n], "test": groups[n:2 * n]}
+        groups = {"train": groups[2 * n :], "val": groups[:n], "test": groups[n : 2 * n]}
         texts = (text for group in groups["train"] for sample in group for text in texts_of(sample))
         tokenizer = BPETokenizer.train(texts, 600)  # an id for every word
     else:
-        images, table, tokenizer = load_photos(dataset, image_size)
-        if "samples" in table:
-            groups = {split: group_by_images(samples) for split, samples in table["samples"].items()}
-        else:
-            groups = {split: [caption_samples(i, table["captions"][i]) for i in rows]
-                      for split, rows in table["splits"].items()}
+        images, groups, tokenizer = load_groups(dataset, image_size)
     tiles = 1 if torch.is_tensor(images) else images.pixels.size(1)
     assert tiles == max_tiles, f"{dataset} has images of {tiles} tiles, not max_tiles={max_tiles}"
-    asks = any(text for group in groups["train"] for sample in group for text in texts_of(sample)[::2])
-    return {"images": images, "image_size": image_size, "groups": groups, "drawn": drawn, "asks": asks,
-            "metric": "right" if drawn or asks else "cider", "tokenizer": tokenizer}
-
-
-def group_by_images(samples):
-    """Return groups of samples about the same images. A sample without images is a group of its own."""
-    groups = {}
-    for i, sample in enumerate(samples):
-        groups.setdefault(tuple(sample["images"]) or i, []).append(sample)
-    return list(groups.values())
+    asks = any(
+        text for group in groups["train"] for sample in group for text in texts_of(sample)[::2]
+    )
+    return {
+        "images": images,
+        "image_size": image_size,
+        "groups": groups,
+        "drawn": drawn,
+        "asks": asks,
+        "metric": "right" if drawn or asks else "cider",
+        "tokenizer": tokenizer,
+    }
 
 
 def encode(messages, tokenizer, n_placeholders):
-    """Return the ids of a conversation, and for each id whether it is part of an answer, which is what the loss is on:
+    """Return the ids of a conversation, and for each id whether it is part of an answer, which is
+    what the loss is on:
 
         user       <image>what is it?      IMG IMG w h a t ...      False False False ...
         assistant  a dog                   bos a dog eos            False True  True  True
@@ -176,31 +192,32 @@ def encode(messages, tokenizer, n_placeholders):
 
 
 def tokenize(data, model):
-    """Add ids and is_answer to every sample. Leave out samples that are longer than the context of the model; where
-    answers are only compared, those whose last question is. Print how many."""
-    n_placeholders = model.config.n_placeholders(data["image_size"])
+    """Add ids and is_answer to every sample. Leave out samples that are longer than the context of
+    the model; where answers are only compared, those whose last question is. Print how many."""
+    data["n_placeholders"] = model.config.n_placeholders(data["image_size"])
     block_size = model.config.gpt.block_size
     n_left_out = 0
     for split, groups in data["groups"].items():
-        for group in groups:
-            for sample in group:
-                sample["ids"], sample["is_answer"] = encode(sample["messages"], data["tokenizer"], n_placeholders)
-                n_read = len(sample["ids"]) - 1
-                if split != "train":
-                    n_read = len(sample["ids"]) - sample["is_answer"][::-1].index(False)
-                sample["fits"] = n_read <= block_size
-            n_left_out += sum(not sample["fits"] for sample in group)
-            group[:] = [sample for sample in group if sample["fits"]]
-        groups[:] = [group for group in groups if group]
-        assert groups, f"no sample of {split} fits the context of {block_size} tokens; raise max_tokens"
+        for sample in [sample for group in groups for sample in group]:
+            ids, is_answer = encode(sample["messages"], data["tokenizer"], data["n_placeholders"])
+            n_read = len(ids) - 1
+            if split != "train":
+                n_read = len(ids) - is_answer[::-1].index(False)
+            sample |= {"ids": ids, "is_answer": is_answer, "fits": n_read <= block_size}
+            n_left_out += not sample["fits"]
+        fitting = [[sample for sample in group if sample["fits"]] for group in groups]
+        data["groups"][split] = [group for group in fitting if group]
+        assert data["groups"][split], (
+            f"no sample of {split} fits the context of {block_size} tokens; raise max_tokens"
+        )
     if n_left_out:
-        print(f"left out: {n_left_out:,} samples that are longer than the context of {block_size} tokens")
+        print(f"left out: {n_left_out:,} samples, longer than the context of {block_size} tokens")
 
 
-def prompts_of(data, split, model):
-    """Split samples into prompts (everything before an assistant turn) and reference answers. Return a list of {images,
-    ids, question: its last message, kind, references}; equal prompts are one, with several references."""
-    n_placeholders = model.config.n_placeholders(data["image_size"])
+def prompts_of(data, split):
+    """Split samples into prompts (everything before an assistant turn) and reference answers.
+    Return a list of {images, ids, question: its last message, kind, references}; equal prompts are
+    one, with several references."""
     prompts = {}
     for group in data["groups"][split]:
         for sample in group:
@@ -210,19 +227,26 @@ def prompts_of(data, split, model):
                 before = sample["messages"][:k]
                 key = (*sample["images"], *(message["content"] for message in before))
                 if key not in prompts:
-                    ids, _ = encode(before, data["tokenizer"], n_placeholders)
+                    ids, _ = encode(before, data["tokenizer"], data["n_placeholders"])
                     kind = "caption" if before[0]["content"] == "<image>" else "question"
-                    prompts[key] = {"images": sample["images"], "ids": ids + [data["tokenizer"].bos_id],
-                                    "question": before[-1]["content"].replace("<image>", ""),
-                                    "kind": message.get("kind", kind), "references": []}
+                    prompts[key] = {
+                        "images": sample["images"],
+                        "ids": ids + [data["tokenizer"].bos_id],
+                        "question": before[-1]["content"].replace("<image>", ""),
+                        "kind": message.get("kind", kind),
+                        "references": [],
+                    }
                 prompts[key]["references"].append(message["content"])
     return list(prompts.values())
 
 
-# batches -------------------------------------------------------------------------------------------------------------
+# batches ------------------------------------------------------------------------------------------
+
 
 class Batch(NamedTuple):
-    """Rows of samples. Samples of a group share a row if all begin with its images, which are then read once."""
+    """Rows of samples. Samples of a group share a row if all begin with its images, which are then
+    read once."""
+
     images: list  # the M indices of the images, each once
     which: torch.Tensor  # (n,), for each image of each row in order, its place among the M
     ids: torch.Tensor  # (B, T)
@@ -234,35 +258,33 @@ class Batch(NamedTuple):
 
 
 def make_row(samples, n_shared):
-    """Return the ids, targets and segments of a row in which samples share their first n_shared ids, the images."""
+    """Return the ids, targets and segments of a row in which samples share their first n_shared
+    ids, the images."""
     ids = [IMAGE_ID] * n_shared
     targets = [IGNORE_INDEX] * n_shared
     segments = [0] * n_shared
     for segment, sample in enumerate(samples, start=1):
-        next_ids = sample["ids"][n_shared + 1:]
-        is_answer = sample["is_answer"][n_shared + 1:]
+        next_ids = sample["ids"][n_shared + 1 :]
+        is_answer = sample["is_answer"][n_shared + 1 :]
         ids += sample["ids"][n_shared:-1]
         targets += [i if answer else IGNORE_INDEX for i, answer in zip(next_ids, is_answer)]
         segments += [segment] * len(next_ids)
     return ids, targets, segments
 
 
-def collate(groups, tokenizer, n_placeholders):
+def collate(groups, data):
     """Return the Batch of groups of samples, padded to the longest row."""
     rows, images = [], []
     for group in groups:
-        n_shared = n_placeholders * len(group[0]["images"])
-        begins = all(set(sample["ids"][:n_shared]) <= {IMAGE_ID} for sample in group)
-        if begins and len(group) > 1:
-            rows.append(make_row(group, n_shared))
-            images += group[0]["images"]
-        else:
-            for sample in group:
-                rows.append(make_row([sample], 0))
-                images += sample["images"]
+        n_shared = data["n_placeholders"] * len(group[0]["images"])
+        if any(set(sample["ids"][:n_shared]) != {IMAGE_ID} for sample in group):
+            n_shared = 0
+        for samples in [group] if n_shared else [[sample] for sample in group]:
+            rows.append(make_row(samples, n_shared))
+            images += samples[0]["images"]
     T = max(len(ids) for ids, _, _ in rows)
     padded = []
-    for column, fill in zip(zip(*rows), (tokenizer.pad_id, IGNORE_INDEX, -1)):
+    for column, fill in zip(zip(*rows), (data["tokenizer"].pad_id, IGNORE_INDEX, -1)):
         padded.append(torch.tensor([values + [fill] * (T - len(values)) for values in column]))
     ids, targets, segments = padded
     distinct = list(dict.fromkeys(images))
@@ -273,21 +295,23 @@ def collate(groups, tokenizer, n_placeholders):
 
 
 def get_groups(groups, step):
-    """Return this process's share of the groups of a step, each with captions_per_photo of its samples."""
+    """Return this process's share of the groups of a step, each with captions_per_photo of its
+    samples."""
     draw = run.shared_generator(seed, step)
     batch = []
     for i in run.epoch_rows(len(groups), min(batch_size, len(groups)), step, seed).tolist():
         order = torch.randperm(len(groups[i]), generator=draw).tolist()
         batch.append([groups[i][j] for j in order[:captions_per_photo]])
     batch = run.my_share(batch)
-    return sorted(batch, key=lambda group: sum(len(sample["ids"]) for sample in group))  # less padding in a part
+    # less padding in a part
+    return sorted(batch, key=lambda group: sum(len(sample["ids"]) for sample in group))
 
 
 def hide_words(ids, tokenizer):
     """Replace a share word_dropout of the tokens by padding."""
-    special = torch.tensor([IMAGE_ID, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id])
-    is_hidden = (torch.rand(ids.shape) < word_dropout).to(ids.device) & ~torch.isin(ids, special.to(ids.device))
-    return ids.masked_fill(is_hidden, tokenizer.pad_id)
+    special = torch.tensor([IMAGE_ID, tokenizer.bos_id, tokenizer.eos_id], device=ids.device)
+    is_hidden = torch.rand(ids.shape, device=ids.device) < word_dropout
+    return ids.masked_fill(is_hidden & ~torch.isin(ids, special), tokenizer.pad_id)
 
 
 def augment(data, batch, groups, device):
@@ -303,40 +327,45 @@ def augment(data, batch, groups, device):
     return augment_photos(images, list(texts.values()), crop, jitter, mirror, train_size)
 
 
-# evaluation ----------------------------------------------------------------------------------------------------------
+# evaluation ---------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def in_batches(model, function, images, batch_size=250):
-    """Return function(images), such as of model.encode, computed batch by batch on the device of the model."""
+    """Return function(images), such as of model.encode, computed batch by batch on the device of
+    the model."""
     device = run.device_of(model)
     with evaluating(model), run.autocast(model):
-        batches = [images[i:i + batch_size].to(device) for i in range(0, len(images), batch_size)]
+        batches = [images[i : i + batch_size].to(device) for i in range(0, len(images), batch_size)]
         return torch.cat([function(batch) for batch in batches])
 
 
 def alike(prompts, batch_size=250):
-    """Yield lists of indices of prompts with equally many ids and images, which can be answered together."""
+    """Yield lists of indices of prompts with equally many ids and images, which can be answered
+    together."""
     groups = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault((len(prompt["ids"]), len(prompt["images"])), []).append(i)
     for rows in groups.values():
         for start in range(0, len(rows), batch_size):
-            yield rows[start:start + batch_size]
+            yield rows[start : start + batch_size]
 
 
 @torch.no_grad()
 def write_answers(model, data, prompts, **decoding):
-    """Return the model's answers to prompts, a list of str, and whether it ended each, a list of bool. Greedy, unless
-    decoding, further arguments of MLLM.generate(), says otherwise."""
+    """Return the model's answers to prompts, a list of str, and whether it ended each, a list of
+    bool. Greedy, unless decoding, further arguments of MLLM.generate(), says otherwise."""
     images = sorted({i for prompt in prompts for i in prompt["images"]})
-    tokens = in_batches(model, model.encode, data["images"][images]) if images else None
+    device = run.device_of(model)
+    tokens = torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
+    if images:
+        tokens = in_batches(model, model.encode, data["images"][images])
     place = {image: k for k, image in enumerate(images)}
     tokenizer = data["tokenizer"]
     texts, ended = [""] * len(prompts), [False] * len(prompts)
     for rows in alike(prompts):
-        ids = torch.tensor([prompts[i]["ids"] for i in rows], device=run.device_of(model))
-        places = [place[image] for i in rows for image in prompts[i]["images"]]
-        own = tokens[places] if places else torch.zeros(0, 1, model.config.gpt.n_embd, device=ids.device)
+        ids = torch.tensor([prompts[i]["ids"] for i in rows], device=device)
+        own = tokens[[place[image] for i in rows for image in prompts[i]["images"]]]
         with run.autocast(model):
             written = model.generate(own, ids, model.config.gpt.block_size, **decoding).tolist()
         for i, row in zip(rows, written):
@@ -348,17 +377,19 @@ def write_answers(model, data, prompts, **decoding):
 
 @torch.no_grad()
 def validation_loss(model, data, split, batch_size=250):
-    """Return the mean loss in nats per token of one sample per group: the first of the first group, the second of the
-    second, and so on."""
+    """Return the mean loss in nats per token of one sample per group: the first of the first group,
+    the second of the second, and so on."""
     block_size = model.config.gpt.block_size
     samples = [group[i % len(group)] for i, group in enumerate(data["groups"][split])]
     samples = [sample for sample in samples if len(sample["ids"]) <= block_size + 1]
-    assert samples, f"no answer of {split} fits the context of {block_size} tokens; raise max_tokens"
+    assert samples, (
+        f"no answer of {split} fits the context of {block_size} tokens; raise max_tokens"
+    )
     device = run.device_of(model)
     total, count = 0.0, 0
     for start in range(0, len(samples), batch_size):
-        groups = [[sample] for sample in samples[start:start + batch_size]]
-        batch = collate(groups, data["tokenizer"], model.config.n_placeholders(data["image_size"]))
+        groups = [[sample] for sample in samples[start : start + batch_size]]
+        batch = collate(groups, data)
         with evaluating(model), run.autocast(model):
             tokens = model.encode(data["images"][batch.images].to(device))[batch.which]
             _, loss = model(tokens, batch.ids.to(device), batch.targets.to(device))
@@ -368,9 +399,9 @@ def validation_loss(model, data, split, batch_size=250):
 
 
 def evaluate(model, data, split, **decoding):
-    """Return the scores of the answers to all prompts of a split: those of caption_scores(), and for drawn images and
-    questions the share of right answers; and the answers."""
-    prompts = prompts_of(data, split, model)
+    """Return the scores of the answers to all prompts of a split: those of caption_scores(), and
+    for drawn images and questions the share of right answers; and the answers."""
+    prompts = prompts_of(data, split)
     texts, ended = write_answers(model, data, prompts, **decoding)
     scores = caption_scores(texts, ended, [prompt["references"] for prompt in prompts])
     if data["metric"] == "right":
@@ -380,52 +411,83 @@ def evaluate(model, data, split, **decoding):
 
 
 def evaluate_all(model, data, split, beams, length_penalty):
-    """Return the scores of greedy answers; beam_cider and so on, those of a beam search; for questions those by kind,
-    of which it prints a table; and the greedy answers."""
+    """Return the scores of greedy answers; beam_cider and so on, those of a beam search; for
+    questions those by kind, of which it prints a table; and the greedy answers."""
     scores, texts = evaluate(model, data, split)
     if beams > 1:
         by_beams, _ = evaluate(model, data, split, beams=beams, length_penalty=length_penalty)
         scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
     if "right" in scores:
-        prompts = prompts_of(data, split, model)
+        prompts = prompts_of(data, split)
         other_images, _ = write_answers(model, data, answers.with_other_images(prompts))
-        commonest = answers.commonest_answers(prompts, prompts_of(data, "train", model))
+        commonest = answers.commonest_answers(prompts, prompts_of(data, "train"))
         columns = {"right": texts, "other images": other_images, "commonest": commonest}
         scores |= answers.print_kinds(prompts, columns)
     return scores, texts
 
 
-# the model -----------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
+
 
 def build_model(data):
-    """Return a new MLLM for the samples of data, with the ViT and the GPT of vit_ckpt and gpt_ckpt if there are any."""
+    """Return a new MLLM for the samples of data, with the ViT and the GPT of vit_ckpt and gpt_ckpt
+    if there are any."""
     tokenizer = data["tokenizer"]
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd)
-    gpt_config = GPTConfig(tokenizer.vocab_size, 0, gpt_layer, gpt_head, gpt_embd, 0.0, gpt_activation, gpt_norm,
-                           n_experts=n_experts, experts_per_token=experts_per_token)
+    gpt_config = GPTConfig(
+        tokenizer.vocab_size,
+        0,
+        gpt_layer,
+        gpt_head,
+        gpt_embd,
+        0.0,
+        gpt_activation,
+        gpt_norm,
+        n_experts=n_experts,
+        experts_per_token=experts_per_token,
+    )
     if vit_ckpt:
         vit = load_part(vit_ckpt, "vit")
         vit_config = ViTConfig(**vit["config"].get("vit", vit["config"]))
     if gpt_ckpt:
         gpt = load_part(gpt_ckpt, "gpt")
         gpt_config = GPTConfig(**gpt["config"])
-        assert gpt["tokenizer"] == tokenizer.state(), f"{gpt_ckpt} has another tokenizer than data/{dataset}"
+        assert gpt["tokenizer"] == tokenizer.state(), (
+            f"{gpt_ckpt} has another tokenizer than data/{dataset}"
+        )
     vit_config = dataclasses.replace(vit_config, dropout=dropout, patch_dropout=patch_dropout)
     if max_tiles > 1:
-        vit_config = dataclasses.replace(vit_config, kind="tiles", max_tiles=max_tiles, across_layer=across_layer,
-                                         keep=keep_blocks)
+        vit_config = dataclasses.replace(
+            vit_config,
+            kind="tiles",
+            max_tiles=max_tiles,
+            across_layer=across_layer,
+            keep=keep_blocks,
+        )
     gpt_config.dropout = dropout
     if fusion == "cross":
         gpt_config.cross_every = cross_every
         gpt_config.gated = gpt_ckpt != ""
-    max_images = max(len(sample["images"]) for groups in data["groups"].values() for group in groups for sample in group)
-    c = MLLMConfig(vit_config, gpt_config, connector, max(1, max_images), tokenizer.bos_id, tokenizer.eos_id)
+    max_images = max(
+        len(sample["images"])
+        for groups in data["groups"].values()
+        for group in groups
+        for sample in group
+    )
+    c = MLLMConfig(
+        vit_config, gpt_config, connector, max(1, max_images), tokenizer.bos_id, tokenizer.eos_id
+    )
     gpt_config.block_size = max_images * c.n_placeholders(image_size) + max_tokens
-    assert gpt_config.positions != "learned" or gpt_config.block_size <= gpt["config"]["block_size"], (
-        f"{gpt_ckpt} has learnt fewer positions than the {gpt_config.block_size} of the images and max_tokens")
+    assert (
+        gpt_config.positions != "learned" or gpt_config.block_size <= gpt["config"]["block_size"]
+    ), (
+        f"{gpt_ckpt} has learnt fewer positions than the {gpt_config.block_size} of the images and max_tokens"
+    )
     model = make_mllm(c)
     if vit_ckpt:
-        load_weights(model.vit, vit, r"tiles_|across\.", prefix="vit." if "vit" in vit["config"] else "")
+        load_weights(
+            model.vit, vit, r"tiles_|across\.", prefix="vit." if "vit" in vit["config"] else ""
+        )
     if gpt_ckpt:
         load_weights(model.gpt, gpt, r"cross_")
     for part, origin in (("vit", vit_ckpt), ("connector", ""), ("gpt", gpt_ckpt)):
@@ -435,13 +497,20 @@ def build_model(data):
 
 
 def load_weights(part, checkpoint, new, prefix=""):
-    """Load the weights of a part from a checkpoint. Parameters whose names match the pattern new keep their values."""
+    """Load the weights of a part from a checkpoint. Parameters whose names match the pattern new
+    keep their values."""
     state = part.state_dict()
-    weights = {name.removeprefix(prefix): w for name, w in checkpoint["model"].items() if name.startswith(prefix)}
+    weights = {
+        name.removeprefix(prefix): w
+        for name, w in checkpoint["model"].items()
+        if name.startswith(prefix)
+    }
     for name in state:
         if not re.search(new, name):
             assert name in weights, f"the checkpoint has no {name}"
-            state[name] = weights[name][:len(state[name])] if name == "position.positions" else weights[name]
+            state[name] = (
+                weights[name][: len(state[name])] if name == "position.positions" else weights[name]
+            )
     part.load_state_dict(state)
 
 
@@ -468,14 +537,17 @@ def load_captioner(path, stage, device, dtype):
 def load_data(model, checkpoint):
     """Return the data that a captioner was trained on."""
     settings = checkpoint.get("sft_settings", checkpoint["settings"])  # of the run of this stage
-    data = load_samples(*(settings[name] for name in ("dataset", "image_size", "n_drawn", "max_tiles")))
+    data = load_samples(
+        *(settings[name] for name in ("dataset", "image_size", "n_drawn", "max_tiles"))
+    )
     data["tokenizer"] = tokenizer_from_state(checkpoint["tokenizer"])
     tokenize(data, model)
     return data
 
 
 def use(stage, path, settings):
-    """Do what --image, --prompt, --chat or --eval_only asks of a trained model, here and in scst.py."""
+    """Do what --image, --prompt, --chat or --eval_only asks of a trained model, here and in
+    scst.py."""
     model, checkpoint = load_captioner(path, stage, settings["device"], settings["dtype"])
     if settings["chat"]:
         answers.chat(model, checkpoint, settings, encode)
@@ -485,19 +557,21 @@ def use(stage, path, settings):
         data = load_data(model, checkpoint)
         split = settings["eval_split"]
         scores, _ = evaluate_all(model, data, split, settings["beams"], settings["length_penalty"])
-        print(f"{path}, step {checkpoint['step']}, {split}: "
-              + " | ".join(f"{name} {value:.2f}" for name, value in scores.items() if "," not in name))
+        print(
+            f"{path}, step {checkpoint['step']}, {split}: "
+            + " | ".join(f"{name} {value:.2f}" for name, value in scores.items() if "," not in name)
+        )
 
 
-# training ------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
+
 
 def train(model, data, phase, first_step, last_step, settings, resumed, seconds):
-    """Train one phase, from first_step to last_step. Return the best validation score, and the seconds of training, which
-    include those of the phase before."""
+    """Train one phase, from first_step to last_step. Return the best validation score, and the
+    seconds of training, which include those of the phase before."""
     out = Path(out_dir)
     device = run.device_of(model)
     tokenizer = data["tokenizer"]
-    n_placeholders = model.config.n_placeholders(image_size)
     freeze(model, phase)
     optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
     step, best = first_step, -math.inf
@@ -525,11 +599,25 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
                     row |= {f"val_{name}": value for name, value in scores.items()}
                     score = scores[data["metric"]]
                     picture = out / ("answers.png" if data["asks"] else "captions.png")
-                    answers.draw_answers(picture, data, prompts_of(data, "val", model), texts)
-                run.log(out, row, ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes"))
+                    answers.draw_answers(picture, data, prompts_of(data, "val"), texts)
+                run.log(
+                    out,
+                    row,
+                    ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes"),
+                )
                 is_best, best = score > best, max(score, best)
-                checkpoint = run.checkpoint("mllm", settings, model, optimizers, phase=phase, step=step,
-                                            seconds=seconds, best=best, tokenizer=tokenizer.state(), asks=data["asks"])
+                checkpoint = run.checkpoint(
+                    "mllm",
+                    settings,
+                    model,
+                    optimizers,
+                    phase=phase,
+                    step=step,
+                    seconds=seconds,
+                    best=best,
+                    tokenizer=tokenizer.state(),
+                    asks=data["asks"],
+                )
                 if is_best:
                     run.save(out / "sft.pt", checkpoint)
                 run.save(out / "last.pt", checkpoint)
@@ -541,8 +629,8 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
         groups = get_groups(data["groups"]["train"], step)
         run.seed_step(seed, step)  # of augmentation and dropout
         n = len(groups) // accumulation
-        parts = [groups[i:i + n] for i in range(0, len(groups), n)]
-        batches = [collate(part, tokenizer, n_placeholders) for part in parts]
+        parts = [groups[i : i + n] for i in range(0, len(groups), n)]
+        batches = [collate(part, data) for part in parts]
         n_targets = run.sum_over_processes(sum(batch.n_targets() for batch in batches), device)
         loss = 0.0
         for part, batch in zip(parts, batches):
@@ -555,7 +643,8 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
                 else:
                     tokens = model.encode(augment(data, batch, part, device))
                 _, mean_loss = model(tokens[batch.which], ids, targets, label_smoothing, segments)
-                part_loss = mean_loss * batch.n_targets() / n_targets  # part of the loss of the batch
+                # part of the loss of the batch
+                part_loss = mean_loss * batch.n_targets() / n_targets
             part_loss.backward()
             loss += part_loss.detach()
         losses.append(update(model, optimizers, loss, factor, grad_clip))
@@ -565,13 +654,16 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
 
 def only_captions(data):
     """Return data with those samples alone that describe one image without a question."""
-    captions = {}
-    for split, groups in data["groups"].items():
-        kept = [[s for s in group if len(s["messages"]) == 2 and s["messages"][0]["content"] == "<image>"]
-                for group in groups]
-        captions[split] = [group for group in kept if group]
-    assert captions["train"] and captions["val"], "align_share: no sample is one image with its caption"
-    return data | {"groups": captions}
+    groups = {}
+    for split in ("train", "val"):
+        kept = [list(filter(is_caption, group)) for group in data["groups"][split]]
+        groups[split] = [group for group in kept if group]
+        assert groups[split], f"align_share: no sample of {split} is one image with its caption"
+    return data | {"groups": groups}
+
+
+def is_caption(sample):
+    return texts_of(sample)[::2] == [""] and len(sample["images"]) == 1
 
 
 @run.one_line_errors
@@ -581,8 +673,9 @@ def main(argv=None):
     if image or prompt or chat or eval_only:
         return use("mllm", out / "sft.pt", settings)
     assert fusion in ("prefix", "cross"), f"fusion={fusion}: prefix or cross"
-    assert max_tiles == 1 or fusion == "cross" and not (crop < 1 or jitter or mirror or train_size), (
-        "max_tiles above 1 needs fusion=cross, and tiles are not augmented")
+    assert (
+        max_tiles == 1 or fusion == "cross" and not (crop < 1 or jitter or mirror or train_size)
+    ), "max_tiles above 1 needs fusion=cross, and tiles are not augmented"
     assert not train_size or fusion == "cross", "train_size needs fusion=cross"
     dev = run.pick_device(device)
     data = load_samples(dataset, image_size, n_drawn, max_tiles)
@@ -594,12 +687,14 @@ def main(argv=None):
     torch.manual_seed(seed)
     model = run.place(build_model(data), dev, dtype)
     tokenize(data, model)
-    sizes = ", ".join(f"{len(groups):,} for {split}" for split, groups in data["groups"].items())
-    print(f"{dataset}: groups of samples: {sizes}; on {dev}")
+    n_groups = len(data["groups"]["train"])
+    print(f"{dataset}: {n_groups:,} images, or groups of them, to train on; on {dev}")
     seconds = 0.0
     n_align = math.ceil(align_share * max_steps)
     if n_align and not (resumed and resumed["phase"] == "sft"):
-        _, seconds = train(model, only_captions(data), "align", 0, n_align, settings, resumed, seconds)
+        _, seconds = train(
+            model, only_captions(data), "align", 0, n_align, settings, resumed, seconds
+        )
         resumed = None
     best, seconds = train(model, data, "sft", n_align, max_steps, settings, resumed, seconds)
 
@@ -609,8 +704,10 @@ def main(argv=None):
         scores, _ = evaluate_all(model, data, "test", beams, length_penalty)
         row = {"step": max_steps} | {f"test_{name}": value for name, value in scores.items()}
         run.log(out, row, [name for name in row if "," not in name and name != "step"])
-        print(f"best validation {data['metric']} {best:.2f} after {seconds / 60:.1f} minutes of training; "
-              f"wrote {out}/*.png, sft.pt")
+        print(
+            f"best validation {data['metric']} {best:.2f} after {seconds / 60:.1f} minutes of training; "
+            f"wrote {out}/*.png, sft.pt"
+        )
 
 
 if __name__ == "__main__":

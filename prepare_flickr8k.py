@@ -28,7 +28,11 @@ from PIL import Image
 
 import config
 from config.tools.conversations import (
-    numbered_lines, read_conversations, split_by_image, split_randomly)
+    numbered_lines,
+    read_conversations,
+    split_by_image,
+    split_randomly,
+)
 from config.tools.data import UNREADABLE, download, save_array, save_json, to_images, to_rgb
 from config.tools.run import fail, one_line_errors, show_progress
 from model import BPETokenizer
@@ -95,7 +99,8 @@ def read_flickr8k(folder):
     sizes = [len(names) for names in splits.values()]
     assert n_photos == 8091 and sizes == [6000, 1000, 1000], (
         f"the archives in {folder} are not Flickr8k: {n_photos} photos instead of 8091, splits of "
-        f"{sizes} instead of 6000, 1000 and 1000; delete them")
+        f"{sizes} instead of 6000, 1000 and 1000; delete them"
+    )
     captions = {}
     for line in (texts / CAPTIONS).read_text(encoding="utf-8").splitlines():
         name, caption = line.split("\t")
@@ -134,12 +139,14 @@ def read_folder(folder):
     conversation_files = sorted(folder.glob("*.jsonl"))
     if conversation_files:
         assert not caption_file.is_file(), (
-            f"{folder} holds both captions.txt and {conversation_files[0].name}; move one away")
+            f"{folder} holds both captions.txt and {conversation_files[0].name}; move one away"
+        )
         samples, named = read_conversations(conversation_files, images)
         return conversation_table(samples, list(named)), images, named
     assert caption_file.is_file(), (
         f"{caption_file} is missing: a line `image,caption` for each caption of each image in "
-        f"{folder}; or conversations in *.jsonl")
+        f"{folder}; or conversations in *.jsonl"
+    )
     captions = read_captions(caption_file, images)
     splits = split_randomly(sorted(captions), f"images in {caption_file}")
     return caption_table(captions, splits), images, {}
@@ -188,7 +195,8 @@ def main(argv=None):
     assert 1 <= max_tiles <= 4, f"max_tiles={max_tiles}: 1 to 4"
     if source:
         assert out != Path("data/flickr8k"), (
-            "your own images need a folder of their own, such as --out_dir=data/mine")
+            "your own images need a folder of their own, such as --out_dir=data/mine"
+        )
         table, folder, named = read_folder(Path(source))
     else:
         table, folder = read_flickr8k(out)

@@ -31,8 +31,10 @@ def main(argv=None):
     save_array(f"{out_dir}/train.npy", ids[:n_train])
     save_array(f"{out_dir}/val.npy", ids[n_train:])
     save_json(f"{out_dir}/tokenizer.json", tokenizer.state())
-    print(f"{out_dir}: {n_train:,} characters to train on, {len(ids) - n_train:,} for validation; "
-          f"{tokenizer.vocab_size} different ones")
+    print(
+        f"{out_dir}: {n_train:,} characters to train on, {len(ids) - n_train:,} for validation; "
+        f"{tokenizer.vocab_size} different ones"
+    )
 
 
 if __name__ == "__main__":

@@ -1,29 +1,35 @@
 """
-Stage 4: self-critical sequence training (Rennie et al. 2017) raises the captioner's CIDEr itself, or its BLEU; or the
-share of right answers to questions.
+Stage 4: self-critical sequence training (Rennie et al. 2017) raises the captioner's CIDEr itself,
+or its BLEU; or the share of right answers to questions.
 
     python mllm.py && python scst.py --init_from=sft                      drawn shapes
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
     python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
 
-Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole captions that the model
-writes by itself. Here the model samples captions, each is scored, and the log-probability of its tokens goes up in
-proportion to its advantage over a baseline: the score of the model's own greedy caption (the self-critic), or the mean
-score of the photo's other samples. Starts from an sft.pt of mllm.py. Writes log.csv, loss.png, before_after.png,
-scst.pt (the best on validation) and last.pt to out_dir.
+Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole
+captions that the model writes by itself. Here the model samples captions, each is scored, and the
+log-probability of its tokens goes up in proportion to its advantage over a baseline: the score of
+the model's own greedy caption (the self-critic), or the mean score of the photo's other samples.
+Starts from an sft.pt of mllm.py. Writes log.csv, loss.png, before_after.png, scst.pt (the best on
+validation) and last.pt to out_dir.
 
 Departures from the paper:
-- the model is a transformer that attends to image tokens, not an LSTM; the ViT stays frozen by default
-- the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and batches weigh alike)
-- the reward sees the end token as a word, in captions and references alike: without it, SCST learns to stop in the
-  middle of "in front of a", which costs CIDEr nothing
+- the model is a transformer that attends to image tokens, not an LSTM; the ViT stays frozen by
+  default
+- the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and
+  batches weigh alike)
+- the reward sees the end token as a word, in captions and references alike: without it, SCST learns
+  to stop in the middle of "in front of a", which costs CIDEr nothing
 - any number of samples per photo; AdamW with a linear warm-up and cool-down
-- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och 2004)
-- samples are drawn at a temperature, and the same softmax(logits / temperature) is trained: after label smoothing,
-  nearly all samples at temperature 1 are broken, and they first teach the model to write likely words
-- n-grams do not ask for sense: with max_surprise, a sample earns nothing if one of its tokens, the end among them, has
-  a probability below exp(-max_surprise) under the GPT of stage 2
-- baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs no greedy decoding
+- the reward may hold sentence BLEU-4 (bleu_weight), smoothed by one from n = 2 on (Lin and Och
+  2004)
+- samples are drawn at a temperature, and the same softmax(logits / temperature) is trained: after
+  label smoothing, nearly all samples at temperature 1 are broken, and they first teach the model to
+  write likely words
+- n-grams do not ask for sense: with max_surprise, a sample earns nothing if one of its tokens, the
+  end among them, has a probability below exp(-max_surprise) under the GPT of stage 2
+- baseline=leave_one_out: the mean score of a photo's other samples (Kool et al. 2019), which needs
+  no greedy decoding
 """
 
 import copy
@@ -67,7 +73,9 @@ exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
 max_surprise = 0.0  # nats: a sample with a token that surprises the GPT of stage 2 by more earns nothing; 0: any may
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
-max_sample_tokens = 0  # longer samples end there, without an end token; 0: as long as fits the context
+max_sample_tokens = (
+    0  # longer samples end there, without an end token; 0: as long as fits the context
+)
 sample_temperature = 1.0  # below 1 samples are more like the greedy caption
 samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
 batch_size = 32  # photos, or questions, per step, over all processes
@@ -85,15 +93,26 @@ eval_interval = 50  # steps between evaluations
 END = "<end>"  # the word for the end token in the reward; words_of() never produces it
 
 
-# reward --------------------------------------------------------------------------------------------------------------
+# reward -------------------------------------------------------------------------------------------
+
 
 class Reward:
-    """Scores captions against references, such as those of the training photos: a list of str for each photo.
+    """Scores captions against references, such as those of the training photos: a list of str for
+    each photo.
 
-    judge: a LanguageJudge; a caption with a token of more than max_surprise nats is worth 0. None: no such limit.
+    judge: a LanguageJudge; a caption with a token of more than max_surprise nats is worth 0. None:
+    no such limit.
     """
 
-    def __init__(self, references, cider_weight, bleu_weight=0.0, exact_weight=0.0, max_surprise=0.0, judge=None):
+    def __init__(
+        self,
+        references,
+        cider_weight,
+        bleu_weight=0.0,
+        exact_weight=0.0,
+        max_surprise=0.0,
+        judge=None,
+    ):
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
         self.cider_weight = cider_weight
         self.bleu_weight = bleu_weight
@@ -103,7 +122,8 @@ class Reward:
         self.cider = CiderD(self.references)
 
     def __call__(self, texts, ended, rows):
-        """Return the (n,) scores of n captions. ended: whether the model ended each; rows: whose references apply."""
+        """Return the (n,) scores of n captions. ended: whether the model ended each; rows: whose
+        references apply."""
         words = [words_of(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
         rewards = self.cider_weight * torch.tensor(self.cider.scores(words, rows))
         for i, row in enumerate(rows):
@@ -119,8 +139,9 @@ class Reward:
 
 
 def advantages(rewards, greedy_rewards=None):
-    """Return the advantages of (B, K) rewards of K samples per photo over a baseline: the (B,) rewards of the photo's
-    greedy caption (Rennie et al. 2017, equation 7), or the mean of its other K - 1 samples (Kool et al. 2019)."""
+    """Return the advantages of (B, K) rewards of K samples per photo over a baseline: the (B,)
+    rewards of the photo's greedy caption (Rennie et al. 2017, equation 7), or the mean of its other
+    K - 1 samples (Kool et al. 2019)."""
     if greedy_rewards is not None:
         return rewards - greedy_rewards[:, None]
     K = rewards.size(1)
@@ -129,21 +150,26 @@ def advantages(rewards, greedy_rewards=None):
 
 
 def answer_mask(ids, eos_id):
-    """Return the (n, T) mask of the answers in written ids (n, T): True up to the end token, which is included."""
+    """Return the (n, T) mask of the answers in written ids (n, T): True up to the end token, which
+    is included."""
     is_end = (ids == eos_id).long()
     return is_end.cumsum(dim=1) - is_end == 0
 
 
 def scst_loss(log_probs, advantage):
-    """Return minus the sum of advantage (n,) times log p over the sampled tokens. log_probs: (n, T), 0 after the end."""
+    """Return minus the sum of advantage (n,) times log p over the sampled tokens. log_probs: (n,
+    T), 0 after the end."""
     return -(advantage[:, None] * log_probs).sum()
 
 
-# sampling ------------------------------------------------------------------------------------------------------------
+# sampling -----------------------------------------------------------------------------------------
+
 
 class Rollout(NamedTuple):
     """K samples for each of b prompts of equal length."""
-    inputs: torch.Tensor  # of the k images of each prompt: pixels if the ViT trains, else its features
+
+    # of the k images of each prompt: pixels if the ViT trains, else its features
+    inputs: torch.Tensor
     prompts: torch.Tensor  # (b, Tp) ids
     samples: torch.Tensor  # (b * K, T) ids
     mask: torch.Tensor  # (b * K, T), True where a sampled token counts
@@ -152,13 +178,16 @@ class Rollout(NamedTuple):
 
 
 def get_batch(prompts, step):
-    """Return the indices of the prompts of a step, sampled without replacement within an epoch: shuffled, then sorted by
-    length, so that most prompts of a batch are equally long and can be answered together."""
+    """Return the indices of the prompts of a step, sampled without replacement within an epoch:
+    shuffled, then sorted by length, so that most prompts of a batch are equally long and can be
+    answered together."""
     n = min(batch_size, len(prompts))
     epoch, position = divmod(step, len(prompts) // n)
     draw = run.shared_generator(seed, epoch)
     order = torch.randperm(len(prompts), generator=draw)
-    lengths = torch.tensor([len(prompt["ids"]) + 1_000_000 * len(prompt["images"]) for prompt in prompts])
+    lengths = torch.tensor(
+        [len(prompt["ids"]) + 1_000_000 * len(prompt["images"]) for prompt in prompts]
+    )
     batches = order[lengths[order].argsort(stable=True)].split(n)
     return batches[torch.randperm(len(prompts) // n, generator=draw)[position]]
 
@@ -174,7 +203,9 @@ def rollout(model, data, prompts, rows, reward, augmentation):
         texts = []  # those about each image, which may forbid to mirror it
         for image in images:
             about = [prompts[row] for row in rows if image in prompts[row]["images"]]
-            texts.append([text for prompt in about for text in [prompt["question"], *prompt["references"]]])
+            texts.append(
+                [text for prompt in about for text in [prompt["question"], *prompt["references"]]]
+            )
         pixels = augment_photos(pixels, texts, **augmentation)
     with run.autocast(model):
         inputs = pixels if train_vit else model.vit.features(pixels)
@@ -182,7 +213,9 @@ def rollout(model, data, prompts, rows, reward, augmentation):
 
     def write(own_tokens, ids, **decoding):
         with run.autocast(model):
-            written = model.generate(own_tokens, ids, max_sample_tokens or model.config.gpt.block_size, **decoding)
+            written = model.generate(
+                own_tokens, ids, max_sample_tokens or model.config.gpt.block_size, **decoding
+            )
         texts = [tokenizer.decode(row) for row in written.tolist()]
         return written, texts, (written == tokenizer.eos_id).any(dim=1).tolist()
 
@@ -191,8 +224,13 @@ def rollout(model, data, prompts, rows, reward, augmentation):
         group_rows = [rows[i] for i in group]
         ids = torch.tensor([prompts[row]["ids"] for row in group_rows], device=device)
         places = [images.index(i) for row in group_rows for i in prompts[row]["images"]]
-        sampled, texts, ended = write(tokens[places], ids, temperature=sample_temperature, num_captions=samples)
-        rewards = reward(texts, ended, [row for row in group_rows for _ in range(samples)]).view(-1, samples)  # (b, K)
+        sampled, texts, ended = write(
+            tokens[places], ids, temperature=sample_temperature, num_captions=samples
+        )
+        # (b, K)
+        rewards = reward(texts, ended, [row for row in group_rows for _ in range(samples)]).view(
+            -1, samples
+        )
         greedy_rewards = None
         if baseline == "greedy":
             _, texts, ended = write(tokens[places], ids)
@@ -208,15 +246,20 @@ def encode(model, inputs):
     return model.encode(inputs) if train_vit else model.connect(inputs)
 
 
-# the run -------------------------------------------------------------------------------------------------------------
+# the run ------------------------------------------------------------------------------------------
+
 
 def find_sft():
     """Return the path of the sft.pt to start from."""
     found = [Path(sft_dir, "sft.pt")] if sft_dir else list(Path("out").glob("*/sft.pt"))
     found = [path for path in found if path.is_file()]
-    assert found, f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{run.recipe_of(sft_dir)}"
+    assert found, (
+        f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{run.recipe_of(sft_dir)}"
+    )
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    assert newest.parent != Path(out_dir), f"a new run would rename {newest}; choose another out_dir"
+    assert newest.parent != Path(out_dir), (
+        f"a new run would rename {newest}; choose another out_dir"
+    )
     return newest
 
 
@@ -242,13 +285,21 @@ def main(argv=None):
     data = mllm.load_data(model, sft)
     dev = run.device_of(model)
     print(f"starting from {sft_path} ({sft['settings']['dataset']}), step {sft['step']}")
-    prompts = mllm.prompts_of(data, "train", model)
+    prompts = mllm.prompts_of(data, "train")
     run.check_batch(min(batch_size, len(prompts)), accumulation)
     gpt_ckpt = sft["settings"]["gpt_ckpt"]
     judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev) if gpt_ckpt else None
-    assert judge or not max_surprise, "max_surprise needs a captioner that started from a GPT of stage 2"
-    reward = Reward([prompt["references"] for prompt in prompts], cider_weight, bleu_weight, exact_weight,
-                    max_surprise, judge if max_surprise else None)
+    assert judge or not max_surprise, (
+        "max_surprise needs a captioner that started from a GPT of stage 2"
+    )
+    reward = Reward(
+        [prompt["references"] for prompt in prompts],
+        cider_weight,
+        bleu_weight,
+        exact_weight,
+        max_surprise,
+        judge if max_surprise else None,
+    )
     augmentation = {"size": sft["settings"]["train_size"]}
     augmentation |= {name: sft["settings"][name] for name in ("crop", "jitter", "mirror")}
     metric = "right" if exact_weight else "cider"  # chooses the best checkpoint
@@ -276,12 +327,36 @@ def main(argv=None):
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 scores, _ = evaluate(model, data, "val", judge)
-                row |= {f"val_{name}": value for name, value in scores.items()} | {"minutes": seconds / 60}
-                run.log(out, row, ("reward", "val_cider", "val_right", "val_surprising", "lr", "ms_per_step", "minutes"))
+                row |= {f"val_{name}": value for name, value in scores.items()} | {
+                    "minutes": seconds / 60
+                }
+                run.log(
+                    out,
+                    row,
+                    (
+                        "reward",
+                        "val_cider",
+                        "val_right",
+                        "val_surprising",
+                        "lr",
+                        "ms_per_step",
+                        "minutes",
+                    ),
+                )
                 is_best, best = scores[metric] > best, max(scores[metric], best)
-                checkpoint = run.checkpoint("scst", settings, model, optimizers, step=step, seconds=seconds, best=best,
-                                            sft=str(sft_path), sft_settings=sft["settings"], asks=sft["asks"],
-                                            tokenizer=sft["tokenizer"])
+                checkpoint = run.checkpoint(
+                    "scst",
+                    settings,
+                    model,
+                    optimizers,
+                    step=step,
+                    seconds=seconds,
+                    best=best,
+                    sft=str(sft_path),
+                    sft_settings=sft["settings"],
+                    asks=sft["asks"],
+                    tokenizer=sft["tokenizer"],
+                )
                 if is_best:
                     run.save(out / "scst.pt", checkpoint)
                 run.save(out / "last.pt", checkpoint)
@@ -301,7 +376,9 @@ def main(argv=None):
         for r in rollouts:
             with run.autocast(model):
                 tokens = encode(model, r.inputs)
-                log_probs = model.log_probs(tokens, r.prompts, r.samples, r.mask, sample_temperature)
+                log_probs = model.log_probs(
+                    tokens, r.prompts, r.samples, r.mask, sample_temperature
+                )
                 part_loss = scst_loss(log_probs, r.advantages) / n_tokens
             part_loss.backward()
             loss += part_loss.detach()
@@ -313,9 +390,12 @@ def main(argv=None):
     if not run.is_main():
         return
     plot(out, left=("reward",), right=(f"val_{metric}",), ylabel="reward")
-    test_prompts = mllm.prompts_of(data, "test", model)
+    test_prompts = mllm.prompts_of(data, "test")
     captions = []
-    for when, weights in (("before", before), ("after", run.load(out / "scst.pt", "scst")["model"])):
+    for when, weights in (
+        ("before", before),
+        ("after", run.load(out / "scst.pt", "scst")["model"]),
+    ):
         model.load_state_dict(weights)
         scores, texts = mllm.evaluate_all(model, data, "test", beams, length_penalty)
         if judge:
@@ -325,8 +405,10 @@ def main(argv=None):
         run.log(out, row, [name for name in row if "," not in name and name != "step"])
     titles = [f"before: {b}\nafter: {a}" for b, a in zip(*captions)]
     answers.draw_answers(out / "before_after.png", data, test_prompts, titles)
-    print(f"best validation {metric} {best:.2f} after {seconds / 60:.1f} minutes of training; "
-          f"wrote {out}/loss.png, before_after.png, scst.pt")
+    print(
+        f"best validation {metric} {best:.2f} after {seconds / 60:.1f} minutes of training; "
+        f"wrote {out}/loss.png, before_after.png, scst.pt"
+    )
 
 
 if __name__ == "__main__":

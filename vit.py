@@ -6,8 +6,9 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
     python prepare_flickr8k.py && python vit.py config/clip_cpu.py
     python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, people in a street"
 
-A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10, predictions.png to out_dir. The
-best checkpoint is chosen on validation data: 5,000 of CIFAR-10's 50,000 training images, or 1,000 photos.
+A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10,
+predictions.png to out_dir. The best checkpoint is chosen on validation data: 5,000 of CIFAR-10's
+50,000 training images, or 1,000 photos.
 """
 
 import dataclasses
@@ -20,11 +21,19 @@ import torch.nn.functional as F
 
 import config
 from config.tools import run
-from config.tools.data import (augment_photos, load_data, load_photos, open_images, pad_texts,
-                               shift_and_mirror, to_pixels)
+from config.tools.data import (
+    augment_photos,
+    load_data,
+    load_photos,
+    open_images,
+    pad_texts,
+    shift_and_mirror,
+    to_pixels,
+    word_shares,
+)
 from config.tools.metrics import recalls
 from config.tools.optim import lr_factor, make_optimizers, update
-from config.tools.pictures import fade, plot, save_grid
+from config.tools.pictures import plot, save_grid
 from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
 # the run
@@ -39,7 +48,9 @@ dtype = "auto"  # bfloat16 where the hardware has instructions for it, else floa
 seed = 1337  # of everything random: weights, batches, augmentation, dropout
 # data
 task = "classify"  # learn the classes of CIFAR-10; or clip: match photos with their captions
-dataset = "cifar10"  # for clip the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
+dataset = (
+    "cifar10"  # for clip the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
+)
 batch_size = 256  # images per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 image_size = 64  # CIFAR's 32 pixels doubled: the stem halves the image at once, and stage 3 sees large photos
@@ -47,10 +58,14 @@ first_size = 32  # images grow from this size, patch by patch: a quarter of the 
 train_size = 0  # clip: and grow to this size, below image_size since things look larger in crops; 0: image_size
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
 crop = 0.5  # clip: smallest share of its area that is seen of a training photo
-jitter = 0.3  # clip: brightness, contrast and saturation of a training photo change by up to this factor
+jitter = (
+    0.3  # clip: brightness, contrast and saturation of a training photo change by up to this factor
+)
 max_tokens = 32  # clip: longest caption
 # model
-vit_ckpt = ""  # clip: checkpoint of a classifier, whose ViT it starts from; empty: from random weights
+vit_ckpt = (
+    ""  # clip: checkpoint of a classifier, whose ViT it starts from; empty: from random weights
+)
 patch_size = 8  # of the doubled pixels: 8x8 tokens per image
 n_layer = 6  # blocks
 n_head = 6  # attention heads per block
@@ -61,7 +76,9 @@ activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
 stem = "residual"  # convolutions; or patch: one linear layer as in the ViT paper, for more data
 label_smoothing = 0.1  # share of CIFAR-10's target that is spread over all classes
-words_weight = 1.0  # clip: in the loss, of predicting the words of a photo's captions; 0: matching alone
+words_weight = (
+    1.0  # clip: in the loss, of predicting the words of a photo's captions; 0: matching alone
+)
 # optimization
 max_steps = 20000  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
@@ -78,45 +95,79 @@ GROWTH = 0.7  # the part of the run in which images grow
 
 
 def resize(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size) float, still 0 to 255; channels last, which convolutions on CPUs prefer."""
+    """(B, 3, H, W) -> (B, 3, size, size) float, still 0 to 255; channels last, which convolutions
+    on CPUs prefer."""
     images = images.float().contiguous(memory_format=torch.channels_last)
-    return images if images.size(-1) == size else F.interpolate(images, (size, size), mode="bilinear")
+    return (
+        images if images.size(-1) == size else F.interpolate(images, (size, size), mode="bilinear")
+    )
 
 
 def size_at(step):
-    """Return the side of the images at a step: from first_size on, a patch more at equal intervals (Tan and Le 2021,
-    EfficientNetV2, without their stronger augmentation of larger images)."""
+    """Return the side of the images at a step: from first_size on, a patch more at equal intervals
+    (Tan and Le 2021, EfficientNetV2, without their stronger augmentation of larger images)."""
     last_size = train_size or image_size
     sizes = list(range(first_size, last_size, patch_size))
     i = int(len(sizes) * (step / max_steps) / GROWTH)
     return sizes[i] if i < len(sizes) else last_size
 
 
-# CIFAR-10: what is in the image? -------------------------------------------------------------------------------------
+# CIFAR-10: what is in the image?
+# -------------------------------------------------------------------------------------
 
-def load_cifar():
-    """Return {images (60000, 3, 32, 32) uint8, labels (60000,), classes: their names, size: of the images in pixels,
-    splits: {train, val, test: indices}}."""
-    arrays = {}
-    for kind in ("images", "labels"):
-        both = [load_data(f"data/cifar10/{split}_{kind}.npy", "python prepare_cifar.py") for split in ("train", "test")]
-        arrays[kind] = torch.from_numpy(np.concatenate(both))
-    n_train = len(arrays["labels"]) * 5 // 6
-    order = torch.randperm(n_train, generator=torch.Generator().manual_seed(0))  # the same split in every run
-    splits = {"train": order[N_VAL:], "val": order[:N_VAL], "test": torch.arange(n_train, len(arrays["labels"]))}
-    return {"images": arrays["images"], "labels": arrays["labels"].long(), "splits": splits,
-            "classes": load_data("data/cifar10/classes.json", "python prepare_cifar.py"), "size": 32}
+
+def load_cifar(device):
+    """Return {images (60000, 3, 32, 32) uint8 and labels (60000,), on the device; splits: {train,
+    val, test: indices}; about: what using the model needs to know}."""
+
+    def read(name):
+        return load_data(f"data/cifar10/{name}", "python prepare_cifar.py")
+
+    images = np.concatenate((read("train_images.npy"), read("test_images.npy")))
+    labels = np.concatenate((read("train_labels.npy"), read("test_labels.npy")))
+    n, n_train = len(labels), len(read("train_labels.npy"))
+    # the same split in every run
+    order = torch.randperm(n_train, generator=torch.Generator().manual_seed(0))
+    return {
+        "images": torch.from_numpy(images).to(device),
+        "labels": torch.from_numpy(labels).long().to(device),
+        "splits": {"train": order[N_VAL:], "val": order[:N_VAL], "test": torch.arange(n_train, n)},
+        "about": {"image_size": images.shape[-1], "classes": read("classes.json")},
+    }
+
+
+def vit_config(**others):
+    """Return the ViTConfig of the settings, with values of other fields."""
+    return ViTConfig(
+        image_size,
+        patch_size,
+        n_layer,
+        n_head,
+        n_embd,
+        dropout=dropout,
+        activation=activation,
+        norm=norm,
+        stem=stem,
+        patch_dropout=patch_dropout,
+        **others,
+    )
 
 
 def new_classifier(data):
     pixels = data["images"][data["splits"]["train"]].float()
-    return ViT(ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, len(data["classes"]), dropout, activation,
-                         norm, stem, label_smoothing, tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
-                         tuple(pixels.std(dim=(0, 2, 3)).tolist()), patch_dropout))
+    mean = tuple(pixels.mean(dim=(0, 2, 3)).tolist())
+    std = tuple(pixels.std(dim=(0, 2, 3)).tolist())
+    n_classes = len(data["about"]["classes"])
+    return ViT(
+        vit_config(
+            n_classes=n_classes, label_smoothing=label_smoothing, pixel_mean=mean, pixel_std=std
+        )
+    )
 
 
 def learn_classes(model, data, rows, step):
-    """Add the gradient of a batch, rows of the training images. Return the loss. Both are this process's share."""
+    """Add the gradient of a batch, rows of the training images. Return the loss. Both are this
+    process's share."""
     size = size_at(step)
     rows = data["splits"]["train"][run.my_share(rows)].to(data["images"].device)
     is_mirrored = (torch.rand(len(rows), device=rows.device) < 0.5) & mirror
@@ -134,7 +185,8 @@ def learn_classes(model, data, rows, step):
 
 @torch.no_grad()
 def predict(model, images):
-    """(n, 3, H, W) -> (n, n_classes) float32 logits on the CPU, the mean of those of an image and its mirror image."""
+    """(n, 3, H, W) -> (n, n_classes) float32 logits on the CPU, the mean of those of an image and
+    its mirror image."""
     logits = []
     with evaluating(model), run.autocast(model):
         for batch in images.split(500):
@@ -149,75 +201,63 @@ def evaluate_classes(model, data, split):
     rows = data["splits"][split].to(data["images"].device)
     labels = data["labels"][rows].cpu()
     logits = predict(model, data["images"][rows])
-    is_right = (logits.argmax(dim=1) == labels).float()
-    return {split: F.cross_entropy(logits, labels).item(), f"{split}_accuracy": 100 * is_right.mean().item()}
+    accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+    return {split: F.cross_entropy(logits, labels).item(), f"{split}_accuracy": 100 * accuracy}
 
 
-@torch.no_grad()
 def draw_predictions(model, data, rows, path):
-    """Draw images, each beside itself lit by the attention of the pooling, with the predicted class, and the right one
-    if that is wrong."""
-    images = data["images"][rows].cpu()
-    with evaluating(model), run.autocast(model):
-        features = model.features(resize(images.to(run.device_of(model)), model.config.image_size))
-        attention = model.pool.score(features).softmax(dim=1).mean(dim=2)  # (n, N), the mean of the heads
-        predicted = model.head(model.pool(features)).argmax(dim=1).tolist()
-    photos = F.interpolate(images, 128)
-    pictures = torch.cat((photos, fade(photos, attention.float().cpu()[None])[0]), dim=3)
+    """Draw images with their classes, and the predicted ones if those are wrong."""
+    images = data["images"][rows]
+    classes = data["about"]["classes"]
     titles = []
-    for guess, label in zip(predicted, data["labels"][rows].tolist()):
-        wrong = f", wrong: {data['classes'][guess]}" if guess != label else ""
-        titles.append(data["classes"][label] + wrong)
-    save_grid(path, list(pictures), titles, columns=5)
+    for guess, label in zip(predict(model, images).argmax(dim=1), data["labels"][rows]):
+        wrong = f", not {classes[guess]}" if guess != label else ""
+        titles.append(classes[label] + wrong)
+    save_grid(path, list(images), titles, columns=5)
 
 
-# CLIP: which caption belongs to which photo? -------------------------------------------------------------------------
+# CLIP: which caption belongs to which photo?
+# -------------------------------------------------------------------------
+
 
 def load_captioned():
-    """Return {images (n, 3, image_size, image_size) uint8, captions: n lists, words: see word_shares(), tokenizer,
-    size: of the images in pixels, splits: {train, val, test: indices}}."""
+    """Return {images (n, 3, image_size, image_size) uint8; captions: n lists; words: see
+    word_shares(); tokenizer; splits: {train, val, test: indices}; about: what using the model needs
+    to know}."""
     images, table, tokenizer = load_photos(dataset, image_size)
-    assert torch.is_tensor(images), f"data/{dataset} holds tiles; for CLIP, run prepare_flickr8k.py without max_tiles"
-    assert "captions" in table, f"data/{dataset} holds conversations; CLIP learns from captions"
+    assert torch.is_tensor(images) and "captions" in table, (
+        f"data/{dataset} holds tiles or conversations; CLIP learns from photos and captions"
+    )
     splits = {split: torch.tensor(rows) for split, rows in table["splits"].items()}
-    words = word_shares([table["captions"][i] for i in table["splits"]["train"]], tokenizer)
-    return {"images": images, "captions": table["captions"], "words": words, "tokenizer": tokenizer,
-            "size": image_size, "splits": splits}
-
-
-def word_shares(captions, tokenizer):
-    """Return (n, vocab_size) shares of the words in the captions (n lists) of each photo, which sum to 1.
-
-    A word counts by the number of captions that have it, times the logarithm of one over the share of photos that have
-    it; at most 5, or the rarest words would dominate.
-    """
-    counts = torch.zeros(len(captions), tokenizer.vocab_size)
-    for i, photo_captions in enumerate(captions):
-        for caption in photo_captions:
-            counts[i, list(set(tokenizer.encode(caption)))] += 1
-    n_photos = (counts > 0).sum(dim=0).clamp(min=1)
-    rarity = (len(captions) / n_photos).log().clamp(max=5)
-    return F.normalize(counts * rarity, p=1, dim=1)
+    return {
+        "images": images,
+        "captions": table["captions"],
+        "words": word_shares([table["captions"][i] for i in table["splits"]["train"]], tokenizer),
+        "tokenizer": tokenizer,
+        "splits": splits,
+        "about": {"image_size": image_size, "tokenizer": tokenizer.state()},
+    }
 
 
 def new_clip(data):
-    vit = ViTConfig(image_size, patch_size, n_layer, n_head, n_embd, 0, dropout, activation, norm, stem,
-                    patch_dropout=patch_dropout)
+    vit = vit_config(n_classes=0)
     if vit_ckpt:
         checkpoint = run.load(vit_ckpt, "vit")
         assert "classes" in checkpoint, f"{vit_ckpt} is not a classifier"
-        vit = ViTConfig(**checkpoint["config"] | {"n_classes": 0, "dropout": dropout, "patch_dropout": patch_dropout})
-        assert vit.patch_size == patch_size, f"{vit_ckpt} has patch_size={vit.patch_size}, not {patch_size}"
+        vit = ViTConfig(**checkpoint["config"])
+        vit = dataclasses.replace(vit, n_classes=0, dropout=dropout, patch_dropout=patch_dropout)
     model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, dropout=dropout))
     if vit_ckpt:
-        model.vit.load_state_dict({name: w for name, w in checkpoint["model"].items() if not name.startswith("head.")})
+        weights = checkpoint["model"]
+        del weights["head.weight"], weights["head.bias"]
+        model.vit.load_state_dict(weights)
         print(f"ViT of {vit_ckpt}, step {checkpoint['step']}")
     return model
 
 
 def learn_matching(model, data, rows, step):
-    """Add the gradient of a batch, rows of the training photos, each with one of its captions. Return the loss. Both
-    are this process's share."""
+    """Add the gradient of a batch, rows of the training photos, each with one of its captions.
+    Return the loss. Both are this process's share."""
     size = size_at(step)
     draw = run.shared_generator(seed, step)
     photos = data["splits"]["train"][rows].tolist()
@@ -232,51 +272,55 @@ def learn_matching(model, data, rows, step):
     words = data["words"][run.my_share(rows)].to(dev)
     if accumulation * run.n_processes() > 1:
         return learn_matching_in_parts(model, images, ids, words)
-    with run.autocast(model):
-        pooled = model.vit.pooled(images)
-        image_vectors = model.embed_pooled(pooled)
-        text_vectors = model.embed_texts(ids)
-        word_logits = model.words_head(pooled)
-    loss = model.loss(image_vectors, text_vectors)
-    loss = loss + words_weight * F.cross_entropy(word_logits.float(), words)
+    vectors, word_logits = embed_pairs(model, images, ids)
+    loss = model.loss(*vectors) + words_weight * F.cross_entropy(word_logits, words)
     loss.backward()
     return loss.detach()
 
 
-def learn_matching_in_parts(model, images, ids, words):
-    """Do the same where several processes or parts share a batch, in which every photo is compared with all texts.
+def embed_pairs(model, images, ids):
+    """Return the vectors of photos and of their texts, (2, B, n_shared), and the logits of the
+    words in the photos, (B, vocab_size)."""
+    with run.autocast(model):
+        pooled = model.vit.pooled(images)
+        vectors = torch.stack((model.embed_pooled(pooled), model.embed_texts(ids)))
+        return vectors, model.words_head(pooled).float()
 
-    A first pass without gradients embeds all of the batch, from which follow the loss and its gradient with respect to
-    each vector. A second pass, part by part, takes these gradients back to the weights (GradCache, Gao et al. 2021).
+
+def learn_matching_in_parts(model, images, ids, words):
+    """Do the same where several processes or parts share a batch, in which every photo is compared
+    with all texts.
+
+    A first pass without gradients embeds all of the batch, from which follow the loss and its
+    gradient with respect to each vector. A second pass, part by part, takes these gradients back to
+    the weights (GradCache, Gao et al. 2021).
     """
-    parts = list(zip(images.chunk(accumulation), ids.chunk(accumulation), words.chunk(accumulation)))
+    parts = list(
+        zip(images.chunk(accumulation), ids.chunk(accumulation), words.chunk(accumulation))
+    )
     n_processes = run.n_processes()
-    with torch.no_grad(), run.autocast(model):
-        vectors = [torch.stack((model.embed_images(x), model.embed_texts(y))) for x, y, _ in parts]
-        own = torch.cat(vectors, dim=1)  # (2, b, n_shared)
+    with torch.no_grad():
+        own = torch.cat([embed_pairs(model, x, y)[0] for x, y, _ in parts], dim=1)
     batch = torch.cat(run.gather(own), dim=1).requires_grad_()  # (2, B, n_shared)
     loss = model.loss(*batch) / n_processes  # all processes compute all of it
     loss.backward()
     loss = loss.detach()
     own_gradient = batch.grad.chunk(n_processes, dim=1)[run.rank()] * n_processes
     for (x, y, w), gradient in zip(parts, own_gradient.chunk(accumulation, dim=1)):
-        with run.autocast(model):
-            pooled = model.vit.pooled(x)
-            vectors = torch.stack((model.embed_pooled(pooled), model.embed_texts(y)))
-            word_logits = model.words_head(pooled)
-        words_loss = F.cross_entropy(word_logits.float(), w) * words_weight / (accumulation * n_processes)
+        vectors, word_logits = embed_pairs(model, x, y)
+        words_loss = words_weight * F.cross_entropy(word_logits, w) / (len(parts) * n_processes)
         torch.autograd.backward([vectors, words_loss], [gradient, None])
         loss += words_loss.detach()
     return loss
 
 
 @torch.no_grad()
-def embed(model, images, size, captions, tokenizer):
-    """(n, 3, H, W) images, resized to size, and m str -> (n, n_shared) and (m, n_shared) unit vectors, on the CPU"""
+def embed(model, images, captions, tokenizer):
+    """(n, 3, H, W) images and m str -> (n, n_shared) and (m, n_shared) unit vectors, on the CPU"""
     dev = run.device_of(model)
     ids = pad_texts(captions, tokenizer, model.config.max_tokens)
     with evaluating(model), run.autocast(model):
-        image_vectors = [model.embed_images(resize(batch.to(dev), size)).cpu() for batch in images.split(500)]
+        image_vectors = [model.embed_images(batch.to(dev)).cpu() for batch in images.split(500)]
         text_vectors = [model.embed_texts(batch.to(dev)).cpu() for batch in ids.split(500)]
     return torch.cat(image_vectors), torch.cat(text_vectors)
 
@@ -286,7 +330,8 @@ def evaluate_matching(model, data, split):
     photos = data["splits"][split]
     captions = [data["captions"][i] for i in photos.tolist()]
     owner = torch.tensor([i for i, photo_captions in enumerate(captions) for _ in photo_captions])
-    images, texts = embed(model, data["images"][photos], data["size"], sum(captions, []), data["tokenizer"])
+    texts = sum(captions, [])
+    images, texts = embed(model, data["images"][photos], texts, data["tokenizer"])
     scores = {f"{split}_{name}": value for name, value in recalls(images @ texts.T, owner).items()}
     first = torch.searchsorted(owner, torch.arange(len(photos)))  # the first caption of each photo
     pairs = zip(images.split(batch_size), texts[first].split(batch_size))
@@ -295,7 +340,8 @@ def evaluate_matching(model, data, split):
     return {split: sum(losses) / len(losses), f"{split}_recall": recall} | scores
 
 
-# the run -------------------------------------------------------------------------------------------------------------
+# the run ------------------------------------------------------------------------------------------
+
 
 def load_model(checkpoint):
     """Return the classifier or the CLIP that a run of this stage has saved."""
@@ -307,7 +353,8 @@ def load_model(checkpoint):
 
 @torch.no_grad()
 def classify(model, checkpoint):
-    """Print the likeliest classes, or with CLIP the nearest of texts, of a user's images, and draw them."""
+    """Print the likeliest classes, or with CLIP the nearest of texts, of a user's images, and draw
+    them."""
     opened, broken = open_images(image)
     photos = [images[0] for _, images in opened]
     inputs = torch.stack([to_pixels(photo, checkpoint["image_size"]) for photo in photos])
@@ -315,13 +362,17 @@ def classify(model, checkpoint):
         labels = checkpoint["classes"]
         logits = predict(model, inputs)
     else:
-        labels = [text.lower().strip(" .") for text in texts.split(",")]  # like the captions of the training
-        vectors = embed(model, inputs, checkpoint["image_size"], labels, tokenizer_from_state(checkpoint["tokenizer"]))
+        # like the captions of the training
+        labels = [text.lower().strip(" .") for text in texts.split(",")]
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+        vectors = embed(model, inputs, labels, tokenizer)
         logits = model.logits(*(v.to(run.device_of(model)) for v in vectors)).cpu()
     titles = []
     for (name, _), probs in zip(opened, logits.softmax(dim=1)):
         top = probs.topk(min(5, len(labels)))
-        lines = [f"{labels[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())]
+        lines = [
+            f"{labels[i]} {100 * p:.1f}%" for p, i in zip(top.values.tolist(), top.indices.tolist())
+        ]
         print(f"{name}: " + ", ".join(lines))
         titles.append("\n".join([name, *lines]))
     save_grid(Path(out_dir, "classified.png"), [to_pixels(photo, 256) for photo in photos], titles)
@@ -334,9 +385,12 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     out = Path(out_dir)
     assert task in ("classify", "clip"), f"task={task}: classify or clip"
-    assert task != "clip" or dataset != "cifar10", "task=clip learns from captions: see config/clip_cpu.py"
-    for name in ("first_size", "train_size"):
-        assert settings[name] % patch_size == 0, f"{name}={settings[name]} is not a multiple of patch_size={patch_size}"
+    assert task != "clip" or dataset != "cifar10", (
+        "task=clip learns from captions: see config/clip_cpu.py"
+    )
+    assert first_size % patch_size == train_size % patch_size == 0, (
+        f"first_size and train_size must be multiples of patch_size={patch_size}"
+    )
     learn, evaluate, score = learn_classes, evaluate_classes, "accuracy"
     if task == "clip":
         learn, evaluate, score = learn_matching, evaluate_matching, "recall"
@@ -349,13 +403,17 @@ def main(argv=None):
         trained_task = checkpoint["settings"]["task"]
         assert trained_task == task, f"{out}/best.pt has learnt task={trained_task}; give that"
 
-    data = load_cifar() if task == "classify" else load_captioned()
+    data = load_cifar(dev) if task == "classify" else load_captioned()
     if eval_only:
         scores = evaluate(model, data, eval_split)
-        print(f"{out}/best.pt: " + " | ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        print(
+            f"{out}/best.pt: " + " | ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        )
         return
     n_train = len(data["splits"]["train"])
-    assert n_train >= batch_size, f"batch_size={batch_size} is larger than the training set of {n_train} images"
+    assert n_train >= batch_size, (
+        f"batch_size={batch_size} is larger than the training set of {n_train} images"
+    )
     run.check_batch(batch_size, accumulation)
 
     resumed = run.start("vit", settings)
@@ -367,14 +425,8 @@ def main(argv=None):
     if resumed:
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
         run.restore(resumed, model, optimizers)
-    about = {"image_size": data["size"]}  # what using the model needs to know
-    if task == "classify":
-        data |= {"images": data["images"].to(dev), "labels": data["labels"].to(dev)}
-        about["classes"] = data["classes"]
-    else:
-        about["tokenizer"] = data["tokenizer"].state()
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{dataset}: {n_train:,} images to train on; {n_parameters:,} parameters on {dev}")
+    print(f"{n_train:,} images to train on; {n_parameters:,} parameters on {dev}")
 
     losses = []  # since the last evaluation
     start = time.perf_counter()
@@ -382,15 +434,25 @@ def main(argv=None):
         factor = lr_factor(step, max_steps, warmup_steps, cooldown)
 
         if step % eval_interval == 0 or step == max_steps:
-            row = {"step": step, "lr": factor * adam_lr} | run.pace(losses, time.perf_counter() - start)
+            row = {"step": step, "lr": factor * adam_lr} | run.pace(
+                losses, time.perf_counter() - start
+            )
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 row |= evaluate(model, data, "val") | {"minutes": seconds / 60}
                 run.log(out, row, ("train", "val", f"val_{score}", "lr", "ms_per_step", "minutes"))
                 is_best = row[f"val_{score}"] > best
                 best = max(row[f"val_{score}"], best)
-                checkpoint = run.checkpoint("vit", settings, model, optimizers, step=step, seconds=seconds, best=best,
-                                            **about)
+                checkpoint = run.checkpoint(
+                    "vit",
+                    settings,
+                    model,
+                    optimizers,
+                    step=step,
+                    seconds=seconds,
+                    best=best,
+                    **data["about"],
+                )
                 if is_best:
                     run.save(out / "best.pt", checkpoint)
                 run.save(out / "last.pt", checkpoint)
@@ -413,7 +475,10 @@ def main(argv=None):
         run.log(out, {"step": step} | scores, scores)
         if task == "classify":
             draw_predictions(model, data, data["splits"]["test"][:25], out / "predictions.png")
-        print(f"best validation {score} {best:.2f} after {seconds / 60:.1f} minutes of training; wrote {out}/*.png")
+        print(
+            f"best validation {score} {best:.2f} after {seconds / 60:.1f} minutes of training; "
+            f"wrote {out}/*.png"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """
-Settings of a stage: the lines `name = value  # why` at the top of its file. A recipe, config/<name>.py, and --name=value
-on the command line set the same names, from left to right; the last one wins. Values are parsed, never executed.
+Settings of a stage: the lines `name = value  # why` at the top of its file. A recipe,
+config/<name>.py, and --name=value on the command line set the same names, from left to right; the
+last one wins. Values are parsed, never executed.
 """
 
 import ast
@@ -10,7 +11,8 @@ from pathlib import Path
 
 
 def read_settings(path, is_recipe=False):
-    """Return {name: (value, comment)} of the assignments of literals at the top level of a Python file.
+    """Return {name: (value, comment)} of the assignments of literals at the top level of a Python
+    file.
 
     Settings are lower-case names. In a recipe everything else but a docstring is an error.
     """
@@ -27,7 +29,8 @@ def read_settings(path, is_recipe=False):
         except (AttributeError, ValueError):
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             assert is_docstring or not is_recipe, (
-                f"{path}, line {node.lineno}: a recipe holds only lines `name = value  # why`")
+                f"{path}, line {node.lineno}: a recipe holds only lines `name = value  # why`"
+            )
             continue
         if name.islower() or is_recipe:
             last_line = source.splitlines()[node.end_lineno - 1]
@@ -36,7 +39,7 @@ def read_settings(path, is_recipe=False):
 
 
 def cast(name, value, default, where):
-    """Return value as the type of default. Text is read as a literal unless a string is expected."""
+    """Return value as the type of default. Text is a literal unless a string is expected."""
     expected = type(default)
     if isinstance(value, str) and expected is not str:
         try:
@@ -46,9 +49,8 @@ def cast(name, value, default, where):
     if expected is float and type(value) is int:
         value = float(value)
     assert type(value) is expected, (
-        f"{name} expects {expected.__name__}, such as {default!r}, not {value!r} ({where})")
-    if expected is str and value.startswith("~/"):
-        value = str(Path(value).expanduser())
+        f"{name} expects {expected.__name__}, such as {default!r}, not {value!r} ({where})"
+    )
     return value
 
 

@@ -1,6 +1,7 @@
 """
-Use a trained captioner: caption a user's images, answer questions about them, chat, show where the model looks; and
-report answers by kind of question. `encode` is mllm.encode(messages, tokenizer, n_placeholders).
+Use a trained captioner: caption a user's images, answer questions about them, chat, show where the
+model looks; and report answers by kind of question. `encode` is mllm.encode(messages, tokenizer,
+n_placeholders).
 """
 
 from collections import Counter, defaultdict
@@ -17,35 +18,45 @@ from model import IMAGE_ID, evaluating, tokenizer_from_state
 N_ATTENTION_PICTURES = 4  # of the first images that a user gives
 
 
-# a user's images -----------------------------------------------------------------------------------------------------
+# a user's images ----------------------------------------------------------------------------------
+# -------------------
+
 
 def user_message(text, n_images):
-    """Return the messages of a prompt about n_images images, which come first unless text says where."""
+    """Return the messages of a prompt about n_images images, which come first unless text says
+    where."""
     n_named = text.count("<image>")
-    assert n_named in (0, n_images), f"the prompt has {n_named} times <image>, and there are {n_images} images"
+    assert n_named in (0, n_images), (
+        f"the prompt has {n_named} times <image>, and there are {n_images} images"
+    )
     if n_named == 0:
         text = "<image>" * n_images + text
     return [{"role": "user", "content": text}]
 
 
 def read_images(checkpoint, model, settings):
-    """Return [(name, [PIL image, ...]), ...] of settings["image"], and the names of files that are not images."""
+    """Return [(name, [PIL image, ...]), ...] of settings["image"], and the names of files that are
+    not images."""
     max_images = model.config.max_images
     asks = settings["prompt"] or settings["chat"]
-    assert checkpoint["asks"] or not asks, "this model has learnt captions, not questions: no --prompt and no --chat"
+    assert checkpoint["asks"] or not asks, (
+        "this model has learnt captions, not questions: no --prompt and no --chat"
+    )
     if not settings["image"]:
         return [("no image", [])], []
     n_frames = settings["frames"]
     sources, broken = open_images(settings["image"], n_frames or max_images, clip=n_frames > 0)
     for name, images in sources:
-        assert len(images) <= max_images, f"{name}: {len(images)} images; this model has learnt at most {max_images}"
+        assert len(images) <= max_images, (
+            f"{name}: {len(images)} images; this model has learnt at most {max_images}"
+        )
     return sources, broken
 
 
 @torch.no_grad()
 def answer_files(model, checkpoint, settings, encode):
-    """Print what the model says about a user's images, with log-probabilities, and draw it; of the first images also
-    where the model looked for each word."""
+    """Print what the model says about a user's images, with log-probabilities, and draw it; of the
+    first images also where the model looked for each word."""
     sources, broken = read_images(checkpoint, model, settings)
     device = device_of(model)
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
@@ -60,22 +71,42 @@ def answer_files(model, checkpoint, settings, encode):
         ids, _ = encode(messages, tokenizer, model.config.n_placeholders(size))
         prompt = torch.tensor([ids + [tokenizer.bos_id]], device=device)
         with evaluating(model), autocast(model):
-            tokens = model.encode(images.to(device)) if photos else torch.zeros(0, 1, model.config.gpt.n_embd)
-            answers = model.generate(tokens, prompt, model.config.gpt.block_size, settings["temperature"],
-                                     max(settings["beams"], n), settings["length_penalty"], n, generator=generator)
-            mask = (answers == tokenizer.eos_id).cumsum(dim=1) - (answers == tokenizer.eos_id).long() == 0
+            tokens = (
+                model.encode(images.to(device))
+                if photos
+                else torch.zeros(0, 1, model.config.gpt.n_embd)
+            )
+            answers = model.generate(
+                tokens,
+                prompt,
+                model.config.gpt.block_size,
+                settings["temperature"],
+                max(settings["beams"], n),
+                settings["length_penalty"],
+                n,
+                generator=generator,
+            )
+            mask = (answers == tokenizer.eos_id).cumsum(dim=1) - (
+                answers == tokenizer.eos_id
+            ).long() == 0
             log_probs = model.log_probs(tokens, prompt, answers, mask).sum(dim=1).tolist()
             texts = [tokenizer.decode(row) for row in answers.tolist()]
             if photos and texts[0] and i < N_ATTENTION_PICTURES:
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
                 path = out / f"places_{i + 1}_{Path(name.split(',')[0]).stem[:50]}.png"
-                shown = to_images(photos, 256) if torch.is_tensor(images) else images.pixels.flatten(0, 1)
+                shown = (
+                    to_images(photos, 256)
+                    if torch.is_tensor(images)
+                    else images.pixels.flatten(0, 1)
+                )
                 draw_places(path, shown, words, places.cpu())
         lines = [f"{text}  (log p {log_p:.1f})" for text, log_p in zip(texts, log_probs)]
         for line in lines:
             print(f"{name}: {line}")
         if photos:
-            pictures.append(side_by_side([join_tiles(to_images([photo], 256), 0) for photo in photos]))
+            pictures.append(
+                side_by_side([join_tiles(to_images([photo], 256), 0) for photo in photos])
+            )
             titles.append("\n".join([settings["prompt"], *lines]).strip())
     if pictures:
         save_grid(out / "captioned.png", pictures, titles)
@@ -87,7 +118,9 @@ def answer_files(model, checkpoint, settings, encode):
 def chat(model, checkpoint, settings, encode):
     """Talk about a user's images in the terminal, until an empty line or the end of the input."""
     sources, broken = read_images(checkpoint, model, settings)
-    assert len(sources) == 1, "a chat is about one image, several (--image=a.png,b.png) or a clip (--frames=8)"
+    assert len(sources) == 1, (
+        "a chat is about one image, several (--image=a.png,b.png) or a clip (--frames=8)"
+    )
     _, photos = sources[0]
     device = device_of(model)
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
@@ -98,7 +131,11 @@ def chat(model, checkpoint, settings, encode):
     print("ask; an empty line ends the chat")
     with evaluating(model), autocast(model):
         images = to_images(photos, size, model.config.vit.max_tiles)
-        tokens = model.encode(images.to(device)) if photos else torch.zeros(0, 1, model.config.gpt.n_embd)
+        tokens = (
+            model.encode(images.to(device))
+            if photos
+            else torch.zeros(0, 1, model.config.gpt.n_embd)
+        )
         while text := read_line():
             messages.append({"role": "user", "content": text})
             first, *others = messages
@@ -112,12 +149,19 @@ def chat(model, checkpoint, settings, encode):
             embedded = model.embed(tokens, prompt)
             written, shown = [], ""
             n_left = model.config.gpt.block_size - prompt.size(1)
-            for token in model.gpt.stream(prompt, n_left, tokenizer.eos_id, embedded=embedded,
-                                          temperature=settings["temperature"], generator=generator):
+            for token in model.gpt.stream(
+                prompt,
+                n_left,
+                tokenizer.eos_id,
+                embedded=embedded,
+                temperature=settings["temperature"],
+                generator=generator,
+            ):
                 written.append(token.item())
                 answer = tokenizer.decode(written)
-                if not answer.endswith("\ufffd"):  # else a character whose last bytes are still to come
-                    print(answer[len(shown):], end="", flush=True)
+                # else a character whose last bytes are still to come
+                if not answer.endswith("\ufffd"):
+                    print(answer[len(shown) :], end="", flush=True)
                     shown = answer
             print()
             messages.append({"role": "assistant", "content": shown})
@@ -131,21 +175,27 @@ def read_line():
         return ""
 
 
-# where the model looks -----------------------------------------------------------------------------------------------
+# where the model looks ----------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def attention_to_images(model, tokens, ids):
-    """Return how much the model attends to each part of the images when it writes the token after each of ids (B, T):
-    (B, T, k * N), the mean over layers and heads, with sum 1. tokens: (B * k, N, C) image tokens, k per row."""
+    """Return how much the model attends to each part of the images when it writes the token after
+    each of ids (B, T): (B, T, k * N), the mean over layers and heads, with sum 1. tokens: (B * k,
+    N, C) image tokens, k per row."""
     blocks = model.gpt.decoder.blocks
     is_cross = model.config.gpt.cross_every > 0
-    layers = [block.cross_attn for block in blocks if block.cross_attn is not None] if is_cross else \
-        [block.attn for block in blocks]
+    layers = (
+        [block.cross_attn for block in blocks if block.cross_attn is not None]
+        if is_cross
+        else [block.attn for block in blocks]
+    )
     for layer in layers:
         layer.keep_weights = True
     with evaluating(model):
         model(tokens, ids)
-    weights = torch.stack([layer.attn_weights.float().mean(dim=1) for layer in layers]).mean(dim=0)  # (B, T, Tk)
+    # (B, T, Tk)
+    weights = torch.stack([layer.attn_weights.float().mean(dim=1) for layer in layers]).mean(dim=0)
     for layer in layers:
         layer.keep_weights = False
         layer.attn_weights = None
@@ -157,12 +207,12 @@ def attention_to_images(model, tokens, ids):
 
 
 def words_and_places(model, tokenizer, tokens, prompt, answer):
-    """Return the words of an answer, a list of str, and where the model looks as it writes each: (words, k * N) shares
-    of the images. tokens: (k, N, C) of the images; prompt: (1, T) ids."""
+    """Return the words of an answer, a list of str, and where the model looks as it writes each:
+    (words, k * N) shares of the images. tokens: (k, N, C) of the images; prompt: (1, T) ids."""
     room = model.config.gpt.block_size + 1 - prompt.size(1)
     ids = torch.tensor([tokenizer.encode(answer)[:room]], device=prompt.device)
     weights = attention_to_images(model, tokens, torch.cat((prompt, ids[:, :-1]), dim=1))
-    weights = weights[0, prompt.size(1) - 1:]  # (T, k * N), one row per token of the answer
+    weights = weights[0, prompt.size(1) - 1 :]  # (T, k * N), one row per token of the answer
     words, places = [], []
     for token, row in zip(ids[0].tolist(), weights):
         text = tokenizer.decode([token])
@@ -172,13 +222,17 @@ def words_and_places(model, tokenizer, tokens, prompt, answer):
         else:
             words[-1] += text
             places[-1].append(row)
-    return [word.strip() for word in words], torch.stack([torch.stack(rows).mean(dim=0) for rows in places])
+    return [word.strip() for word in words], torch.stack(
+        [torch.stack(rows).mean(dim=0) for rows in places]
+    )
 
 
-# reports -------------------------------------------------------------------------------------------------------------
+# reports ------------------------------------------------------------------------------------------
+
 
 def is_right(prompt, answer):
-    """Return whether an answer is one of the references, or describes a drawn image with every attribute right."""
+    """Return whether an answer is one of the references, or describes a drawn image with every
+    attribute right."""
     if answer in prompt["references"]:
         return True
     wanted = attributes(prompt["references"][0])
@@ -186,7 +240,8 @@ def is_right(prompt, answer):
 
 
 def with_other_images(prompts):
-    """Return the same questions about the images of another prompt with as many, a control for guessing."""
+    """Return the same questions about the images of another prompt with as many, a control for
+    guessing."""
     rows_by_count = {}
     for i, prompt in enumerate(prompts):
         rows_by_count.setdefault(len(prompt["images"]), []).append(i)
@@ -203,11 +258,15 @@ def commonest_answers(prompts, train_prompts):
     counts = defaultdict(Counter)  # of answers, by kind
     for prompt in train_prompts:
         counts[prompt["kind"]].update(prompt["references"])
-    return [max(counts[prompt["kind"]], key=counts[prompt["kind"]].get, default="") for prompt in prompts]
+    return [
+        max(counts[prompt["kind"]], key=counts[prompt["kind"]].get, default="")
+        for prompt in prompts
+    ]
 
 
 def print_kinds(prompts, answers):
-    """Print how many answers are right by kind of question and by number of images. Return the shares in per cent.
+    """Print how many answers are right by kind of question and by number of images. Return the
+    shares in per cent.
 
     answers: {column: list of str}, such as the model's, with other images, and the commonest.
     """
@@ -231,13 +290,13 @@ def print_kinds(prompts, answers):
 
 
 def draw_answers(path, data, prompts, answers, n=12):
-    """Draw the images of n prompts with the last question and the model's answer; among questions at least one that
-    it has wrong, if there is any, with the right answer below."""
+    """Draw the images of n prompts with the last question and the model's answer; among questions
+    at least one that it has wrong, if there is any, with the right answer below."""
     shown = [i for i, prompt in enumerate(prompts) if prompt["images"]]
     wrong = []
     if data["asks"]:
         wrong = [i for i in shown if not is_right(prompts[i], answers[i])]
-        shown = shown[::max(1, len(shown) // n)]
+        shown = shown[:: max(1, len(shown) // n)]
     shown = shown[:n]
     if wrong and not set(shown) & set(wrong):
         shown[-1] = wrong[0]

@@ -38,7 +38,8 @@ def read_message(turn, i, where):
     text = turn.get("content", turn.get("value"))
     assert found in ROLES[role], (
         f"{where}: turn {i} has the role {found!r} instead of {' or '.join(ROLES[role])}: user and "
-        f"assistant take turns, and the user begins")
+        f"assistant take turns, and the user begins"
+    )
     assert isinstance(text, str), f"{where}: turn {i} has no text"
     text = re.sub(r"\s*<image>\s*", "<image>", text.strip())
     if role == "assistant":
@@ -54,20 +55,24 @@ def read_sample(line, where):
     except ValueError as e:
         fail(f"{where}: not JSON ({e})")
     assert isinstance(sample, dict) and isinstance(sample.get("conversations"), list), (
-        f'{where}: it has no "conversations", a list of turns {{"role": ..., "content": ...}}')
+        f'{where}: it has no "conversations", a list of turns {{"role": ..., "content": ...}}'
+    )
     turns = sample["conversations"]
     messages = [read_message(turn, i, where) for i, turn in enumerate(turns, start=1)]
     assert messages and len(messages) % 2 == 0, (
-        f"{where}: the last turn is not an answer of the assistant")
+        f"{where}: the last turn is not an answer of the assistant"
+    )
     images = sample.get("image") or []
     if isinstance(images, str):
         images = images.split(",")
     assert isinstance(images, list), (
-        f'{where}: "image" is neither a file name, nor names with commas between them, nor a list')
+        f'{where}: "image" is neither a file name, nor names with commas between them, nor a list'
+    )
     images = [str(name).strip() for name in images]
     n = str(messages).count("<image>")
     assert n in (0, len(images)), (
-        f"{where}: <image> occurs {n} times in the text, and there are {len(images)} images")
+        f"{where}: <image> occurs {n} times in the text, and there are {len(images)} images"
+    )
     if n == 0:
         messages[0]["content"] = "<image>" * len(images) + messages[0]["content"]
     return {"images": images, "messages": messages}
@@ -95,7 +100,7 @@ def split_randomly(items, what):
     random.Random(0).shuffle(items)
     n = len(items) // 10
     assert n >= 2, f"{len(items)} {what} are too few to split; at least 20 are needed"
-    return {"train": items[2 * n:], "val": items[:n], "test": items[n:2 * n]}
+    return {"train": items[2 * n :], "val": items[:n], "test": items[n : 2 * n]}
 
 
 def split_by_image(samples):
@@ -118,5 +123,6 @@ def split_by_image(samples):
     for i, sample in enumerate(samples):
         groups.setdefault(root(i), []).append(sample)
     splits = split_randomly(list(groups.values()), "groups of samples without a common image")
-    return {split: [sample for group in groups for sample in group]
-            for split, groups in splits.items()}
+    return {
+        split: [sample for group in groups for sample in group] for split, groups in splits.items()
+    }

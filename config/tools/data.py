@@ -27,6 +27,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 @dataclass
 class TiledImages:
     """M images on up to T tiles each, the form in which model.TiledMLLM takes images."""
+
     pixels: torch.Tensor  # (M, T, 3, H, W) uint8, zeros in the tiles that a layout lacks
     layouts: torch.Tensor  # (M,), indices in LAYOUTS
 
@@ -46,10 +47,11 @@ def best_layout(width, height, max_tiles):
     width, height: of the image, in tiles. Of the grids of at most max_tiles, the one on which the
     image is reduced least; of several the one that is padded least, and then the smallest.
     """
+
     def cost(i):
         rows, columns = LAYOUTS[i]
         scale = min(columns / width, rows / height)  # the image then fits
-        padding = rows * columns - scale ** 2 * width * height
+        padding = rows * columns - scale**2 * width * height
         return max(0.0, 1 - scale), round(padding, 6), rows * columns
 
     allowed = [i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles]
@@ -57,6 +59,7 @@ def best_layout(width, height, max_tiles):
 
 
 # from PIL images to tensors -----------------------------------------------------------------------
+
 
 def to_rgb(image):
     """Return a PIL image upright and in RGB, as a person sees it.
@@ -113,7 +116,7 @@ def to_images(pictures, size, max_tiles=1, n=0):
     for i, picture in enumerate(pictures):
         if max_tiles > 1:
             tiles, layouts[i] = to_tiles(picture, size, max_tiles)
-            pixels[i, :len(tiles)] = tiles
+            pixels[i, : len(tiles)] = tiles
         else:
             pixels[i, 0] = to_pixels(picture, size)
     return TiledImages(pixels, layouts) if max_tiles > 1 else pixels[:, 0]
@@ -124,11 +127,12 @@ def join_tiles(images, i):
     if torch.is_tensor(images):
         return images[i]
     rows, columns = LAYOUTS[images.layouts[i]]
-    tiles = images.pixels[i, :rows * columns].split(columns)  # (columns, 3, H, W) for each row
+    tiles = images.pixels[i, : rows * columns].split(columns)  # (columns, 3, H, W) for each row
     return torch.cat([torch.cat(tuple(row), dim=2) for row in tiles], dim=1)
 
 
 # images that a user points to ---------------------------------------------------------------------
+
 
 def middle_frames(frames, n):
     """Return the middle frames of n equal parts of a sequence; all frames of a shorter one."""
@@ -170,7 +174,8 @@ def find_files(where):
         return files
     assert path.suffix.lower() not in VIDEO_ENDINGS, (
         f"{where}: make a folder of its frames first: mkdir clip; "
-        f"ffmpeg -i {where} -vf fps=4 clip/%04d.png; then --image=clip --frames=8")
+        f"ffmpeg -i {where} -vf fps=4 clip/%04d.png; then --image=clip --frames=8"
+    )
     assert path.is_file(), f"{where}: no such image file or folder"
     return [path]
 
@@ -194,7 +199,8 @@ def open_images(where, n_frames=1, clip=False):
         except UNREADABLE:
             broken.append(file.name)
     assert opened and (is_folder or not broken), (
-        f"{', '.join(broken)}: not an image that Pillow can read")
+        f"{', '.join(broken)}: not an image that Pillow can read"
+    )
     if is_folder and not clip:
         return opened, broken
     name = Path(where).name if is_folder else ", ".join(name for name, _ in opened)
@@ -202,6 +208,7 @@ def open_images(where, n_frames=1, clip=False):
 
 
 # augmentation -------------------------------------------------------------------------------------
+
 
 def shift_and_mirror(images, shift, mirrored):
     """Return (B, 3, H, W) images, moved by up to shift pixels in both directions, black beyond.
@@ -245,7 +252,8 @@ def augment_photos(images, captions, crop, jitter, mirror, size=0):
     B, _, *shape = images.shape
     images = images.float()
     may_mirror = [
-        mirror and not re.search(r"\b(left|right)\b", " ".join(texts)) for texts in captions]
+        mirror and not re.search(r"\b(left|right)\b", " ".join(texts)) for texts in captions
+    ]
     mirrored = (torch.rand(B) < 0.5) & torch.tensor(may_mirror).bool()
     maps = draw_parts(B, crop)
     maps[mirrored, 0, 0] *= -1
@@ -269,12 +277,13 @@ def pad_texts(texts, tokenizer, max_tokens):
     """
     ids = torch.full((len(texts), max_tokens), tokenizer.pad_id)
     for row, text in zip(ids, texts):
-        tokens = [tokenizer.bos_id, *tokenizer.encode(text)[:max_tokens - 2], tokenizer.eos_id]
-        row[:len(tokens)] = torch.tensor(tokens)
+        tokens = [tokenizer.bos_id, *tokenizer.encode(text)[: max_tokens - 2], tokenizer.eos_id]
+        row[: len(tokens)] = torch.tensor(tokens)
     return ids
 
 
 # downloads ----------------------------------------------------------------------------------------
+
 
 def md5_of(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
@@ -327,11 +336,14 @@ def download(path, urls, md5=None):
             return path
         partial.unlink()
         problem = f"{url} has a different file"
-    fail(f"could not download {path.name}; fetch it by hand from {' or '.join(urls)} and put it at "
-         f"{path} ({problem})")
+    fail(
+        f"could not download {path.name}; fetch it by hand from {' or '.join(urls)} and put it at "
+        f"{path} ({problem})"
+    )
 
 
 # packed data --------------------------------------------------------------------------------------
+
 
 def save_array(path, array):
     with new_file(path) as partial, open(partial, "wb") as file:
@@ -379,8 +391,61 @@ def load_photos(dataset, image_size):
     table = load_data(f"{folder}/captions.json", prepare)
     tokenizer = tokenizer_from_state(load_data(f"{folder}/tokenizer.json", prepare))
     assert len(images) == len(table["names"]), (
-        f"{folder} is half of one preparation and half of another; run {prepare} again")
+        f"{folder} is half of one preparation and half of another; run {prepare} again"
+    )
     assert pixels.size(-1) == image_size, (
         f"{folder} holds images of {pixels.size(-1)} pixels, and image_size is {image_size}; "
-        f"run {prepare} --size={image_size}")
+        f"run {prepare} --size={image_size}"
+    )
     return images, table, tokenizer
+
+
+def load_groups(dataset, image_size):
+    """Return the images of load_photos(), the groups of samples of each split, and the tokenizer.
+
+    A sample is {"images": [indices], "messages": [...]}, see mllm.py; samples about the same images
+    are a group.
+    """
+    images, table, tokenizer = load_photos(dataset, image_size)
+    groups = {}
+    if "samples" in table:
+        for split, samples in table["samples"].items():
+            groups[split] = group_by_images(samples)
+    else:
+        for split, rows in table["splits"].items():
+            groups[split] = [caption_samples(i, table["captions"][i]) for i in rows]
+    return images, groups, tokenizer
+
+
+def caption_samples(i, captions):
+    """Return the group of samples in which the assistant describes image i without a question."""
+    ask = {"role": "user", "content": "<image>"}
+    return [
+        {"images": [i], "messages": [ask, {"role": "assistant", "content": caption}]}
+        for caption in captions
+    ]
+
+
+def group_by_images(samples):
+    """Return groups of samples about the same images. A sample without images is a group of its
+    own."""
+    groups = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(tuple(sample["images"]) or i, []).append(sample)
+    return list(groups.values())
+
+
+def word_shares(captions, tokenizer):
+    """Return (n, vocab_size) shares of the words in the captions (n lists) of each photo, which sum
+    to 1.
+
+    A word counts by the number of captions that have it, times the logarithm of one over the share
+    of photos that have it; at most 5, or the rarest words would dominate.
+    """
+    counts = torch.zeros(len(captions), tokenizer.vocab_size)
+    for i, photo_captions in enumerate(captions):
+        for caption in photo_captions:
+            counts[i, list(set(tokenizer.encode(caption)))] += 1
+    n_photos = (counts > 0).sum(dim=0).clamp(min=1)
+    rarity = (len(captions) / n_photos).log().clamp(max=5)
+    return F.normalize(counts * rarity, p=1, dim=1)

@@ -12,15 +12,20 @@ import torch.nn.functional as F
 from config.tools.data import pad_texts
 from model import GPT, GPTConfig, tokenizer_from_state
 
-WORD = re.compile(r"""
+WORD = re.compile(
+    r"""
     (?<!\S) (?: n't | '(?:s|m|d|re|ve|ll) )\b  # the second half of a contraction, once it is split
     | [^\W_]+ (?: [-./,'] [^\W_]+ )*           # letters and digits; t-shirt and 3.5 are one word
     | [&$%#@+=*/]                              # symbols that are read aloud
-""", re.VERBOSE)
-UNFINISHED = set("""
+""",
+    re.VERBOSE,
+)
+UNFINISHED = set(
+    """
     a an the in on of with and or at by for from to into onto over under near through while as is
     are its his her their another two
-""".split())  # a caption that ends with one of these was cut off
+""".split()
+)  # a caption that ends with one of these was cut off
 SURPRISING = 6.0  # nats: the probability of a token, given the tokens before it, is below 1 in 400
 
 
@@ -134,7 +139,7 @@ class CiderD:
         vectors, norms, length = caption
         total = 0.0
         for ref_vectors, ref_norms, ref_length in references:
-            penalty = math.exp(-(length - ref_length) ** 2 / (2 * self.sigma ** 2))
+            penalty = math.exp(-((length - ref_length) ** 2) / (2 * self.sigma**2))
             for vector, norm, ref_vector, ref_norm in zip(vectors, norms, ref_vectors, ref_norms):
                 shared = [ngram for ngram in vector if ngram in ref_vector]
                 if not shared:
@@ -145,8 +150,12 @@ class CiderD:
 
     def scores(self, captions, images):
         """Return the (n,) scores, from 0 to 10, of n word lists about these n images (indices)."""
-        return np.array([self.score(self.vectors(words), self.references[image])
-                         for words, image in zip(captions, images, strict=True)])
+        return np.array(
+            [
+                self.score(self.vectors(words), self.references[image])
+                for words, image in zip(captions, images, strict=True)
+            ]
+        )
 
 
 def cider(candidates, references, df=None):
@@ -239,10 +248,11 @@ class LanguageJudge:
 
 
 def recalls(cosines, owner):
-    """Return recalls in per cent of (n, m) cosines of photos and captions; owner (m,): the photo of each caption.
+    """Return recalls in per cent of (n, m) cosines of photos and captions; owner (m,): the photo of
+    each caption.
 
-    text5: photos that have an own caption among the five nearest captions. photo5: captions that have their photo among
-    the five nearest photos.
+    text5: photos that have an own caption among the five nearest captions. photo5: captions that
+    have their photo among the five nearest photos.
     """
     n, m = cosines.shape
     scores = {}

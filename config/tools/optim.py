@@ -1,4 +1,5 @@
-"""Optimization: Muon for the weight matrices of linear layers, AdamW for everything else; the schedule; one update."""
+"""Optimization: Muon for the weight matrices of linear layers, AdamW for everything else; the
+schedule; one update."""
 
 import math
 
@@ -10,11 +11,11 @@ from model import OutputLayer
 
 
 class Muon(torch.optim.Optimizer):
-    """Take steps along the momentum of each weight matrix, made nearly semi-orthogonal (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon).
+    """Take steps along the momentum of each weight matrix, made nearly semi-orthogonal (Jordan et
+    al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    Equal to torch.optim.Muon, except that it computes in dtype. torch's computes in bfloat16, which is 30 times slower
-    than float32 on a CPU without instructions for it.
+    Equal to torch.optim.Muon, except that it computes in dtype. torch's computes in bfloat16, which
+    is 30 times slower than float32 on a CPU without instructions for it.
     """
 
     def __init__(self, params, lr, weight_decay, dtype):
@@ -38,8 +39,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(x, steps=5):
     """Return about U V^T for a matrix x (m, n) with the singular value decomposition U S V^T.
 
-    A Newton-Schulz iteration needs only matrix products. These coefficients do not make it converge: after five steps
-    most singular values are between 0.7 and 1.2, which is good enough and takes fewer steps.
+    A Newton-Schulz iteration needs only matrix products. These coefficients do not make it
+    converge: after five steps most singular values are between 0.7 and 1.2, which is good enough
+    and takes fewer steps.
     """
     if x.size(0) > x.size(1):
         return orthogonalize(x.T, steps).T
@@ -56,15 +58,17 @@ def make_optimizers(model, muon_lr, adam_lr, weight_decay):
 
     Muon takes the weights of linear layers except output layers. Biases and gains do not decay.
     """
-    hidden = [module.weight for module in model.modules()
-              if isinstance(module, torch.nn.Linear) and not isinstance(module, OutputLayer)]
-    muon_ids = {id(weight) for weight in hidden} if muon_lr > 0 else set()
+    hidden = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, OutputLayer)
+    }
     trained = [p for p in model.parameters() if p.requires_grad]
-    others = [p for p in trained if id(p) not in muon_ids]
+    muon_weights = [p for p in trained if muon_lr > 0 and id(p) in hidden]
+    others = [p for p in trained if muon_lr == 0 or id(p) not in hidden]
     matrices = {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}
     optimizers = [torch.optim.AdamW([matrices, vectors], lr=adam_lr, betas=(0.9, 0.95), fused=True)]
-    muon_weights = [p for p in trained if id(p) in muon_ids]
     if muon_weights:
         dtype = torch.bfloat16 if uses_bfloat16(model) else torch.float32
         optimizers.insert(0, Muon(muon_weights, muon_lr, weight_decay, dtype))
@@ -75,8 +79,8 @@ def make_optimizers(model, muon_lr, adam_lr, weight_decay):
 
 
 def lr_factor(step, max_steps, warmup_steps, cooldown):
-    """Return the learning rate over its peak: a linear warm-up, a plateau, then a straight line to zero over the last
-    part `cooldown` of the run."""
+    """Return the learning rate over its peak: a linear warm-up, a plateau, then a straight line to
+    zero over the last part `cooldown` of the run."""
     warmup = (step + 1) / max(1, warmup_steps)
     decay = (1 - step / max(1, max_steps)) / max(cooldown, 1e-8)
     return min(1.0, warmup, decay)
@@ -85,9 +89,9 @@ def lr_factor(step, max_steps, warmup_steps, cooldown):
 def update(model, optimizers, loss, factor, grad_clip):
     """Take one step of the optimizers, at factor times their peak rates.
 
-    Gradients and losses of all processes are summed first, then the norm of the gradient is clipped to grad_clip (0:
-    not at all). loss: this process's share of the batch's loss, a scalar tensor without gradient. Returns the loss of
-    the whole batch, or NaN if the gradient is not finite.
+    Gradients and losses of all processes are summed first, then the norm of the gradient is clipped
+    to grad_clip (0: not at all). loss: this process's share of the batch's loss, a scalar tensor
+    without gradient. Returns the loss of the whole batch, or NaN if the gradient is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:

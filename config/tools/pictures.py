@@ -82,7 +82,13 @@ def save_grid(path, images, titles, columns=4):
         axis.axis("off")
         axis.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")  # (H, W, 3)
         axis.text(
-            0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top", fontsize=9,
+            0.5,
+            -0.03,
+            text,
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
             parse_math=False,  # a caption may contain a $
         )
     space = 1.16 * text_height / high
@@ -92,12 +98,14 @@ def save_grid(path, images, titles, columns=4):
 
 
 def fade(photos, weights):
-    """Return (n, k, 3, size, size) uint8: k photos (k, 3, size, size), n times, faded to white where
-    the weights of their parts, (n, k, side * side), are small."""
+    """Return (n, k, 3, size, size) uint8: k photos (k, 3, size, size), n times, faded to white
+    where the weights of their parts, (n, k, side * side), are small."""
     n, k, n_parts = weights.shape
     side = math.isqrt(n_parts)
     light = weights / weights.amax(dim=(1, 2), keepdim=True)
-    light = F.interpolate(light.view(n, k, side, side), photos.shape[-2:], mode="bicubic").clamp(0, 1)
+    light = F.interpolate(light.view(n, k, side, side), photos.shape[-2:], mode="bicubic").clamp(
+        0, 1
+    )
     light = 0.2 + 0.8 * light.unsqueeze(2)  # (n, k, 1, size, size)
     return (255 - light * (255.0 - photos)).byte()
 

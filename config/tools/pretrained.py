@@ -62,6 +62,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # GPT-2's tokenizer --------------------------------------------------------------------------------
 
+
 def gpt2_pieces():
     r"""Return the pattern by which GPT-2 splits text into words, numbers, punctuation and spaces.
 
@@ -122,6 +123,7 @@ def gpt2_tokenizer(where):
 
 
 # files --------------------------------------------------------------------------------------------
+
 
 def is_pretrained(where):
     """Return whether where is in the hub's layout, and not a checkpoint of this project."""
@@ -192,6 +194,7 @@ def read_weights(path):
 
 
 # weights ------------------------------------------------------------------------------------------
+
 
 def gelu_tanh(x):
     """GPT-2's approximation of GELU."""
@@ -313,8 +316,8 @@ def load_clip_vit(where):
 
 
 class CLIPViT(ViT):
-    """The vision tower of OpenAI's CLIP: a class token before the patches, which features() omits, a norm before the
-    first block and none after the last."""
+    """The vision tower of OpenAI's CLIP: a class token before the patches, which features() omits,
+    a norm before the first block and none after the last."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -11,8 +11,22 @@ from itertools import product
 import numpy as np
 
 from config.tools.shapes import (
-    COLOURS, PLACES, RADII, SHAPES, SIZES, Thing, between, background, describe, draw, draw_scene,
-    look_of, pick, pick_several, position, random_thing
+    COLOURS,
+    PLACES,
+    RADII,
+    SHAPES,
+    SIZES,
+    Thing,
+    between,
+    background,
+    describe,
+    draw,
+    draw_scene,
+    look_of,
+    pick,
+    pick_several,
+    position,
+    random_thing,
 )
 
 VALUES = {"size": SIZES, "colour": list(COLOURS), "shape": SHAPES}
@@ -30,7 +44,7 @@ ONE_IMAGE = (  # the conversations about a single image; the hardest kinds are l
     "place",
     "relation",
     "follow-up",
-    "follow-up"
+    "follow-up",
 )
 QUESTIONS = {  # by kind; {} is replaced by what the question is about
     "caption": ("what is there?", "what do you see?", "describe the image"),
@@ -44,23 +58,24 @@ QUESTIONS = {  # by kind; {} is replaced by what the question is about
     "change": (
         "what has changed?",
         "what is different in the second image?",
-        "what is the difference?"
+        "what is the difference?",
     ),
     "more": ("which image has more {}?", "in which image are more {}?"),
     "event": ("what happens?", "what happens in the clip?", "describe the clip"),
     "direction": ("which way does {} move?", "where does {} move to?"),
     "does": ("what does {} do?", "what happens to {}?"),
-    "first": ("what happens first?", "what comes first?")
+    "first": ("what happens first?", "what comes first?"),
 }
 FOLLOW_UPS = {
     "size": ("and how large is it?", "and its size?"),
     "colour": ("and what colour is it?", "and its colour?"),
     "shape": ("and what shape is it?", "and its shape?"),
-    "place": ("and where is it?", "and its place?")
+    "place": ("and where is it?", "and its place?"),
 }
 
 
 # things and words for them ------------------------------------------------------------------------
+
 
 def make_scene(n, rng):
     """Return n things in the order of their places. No two have the same size, colour and shape.
@@ -115,6 +130,7 @@ def countable(things, rng):
 # one image ----------------------------------------------------------------------------------------
 # A conversation is a list of turns, (kind, question, answer). The functions return an empty list if
 # their random choices do not lead to a question with one right answer.
+
 
 def one_turn(kind, answer, rng, about=""):
     """Return a conversation of one turn with a question of this kind about `about`."""
@@ -172,7 +188,7 @@ def follow_up(turns, thing, rng):
     known = " ".join(turns[0])
     names = rng.permutation(list(FOLLOW_UPS))
     unknown = [name for name in names if getattr(thing, name) not in known]
-    for name in unknown[:rng.integers(1, 3)]:
+    for name in unknown[: rng.integers(1, 3)]:
         turns.append(("follow-up", pick(FOLLOW_UPS[name], rng), getattr(thing, name)))
     return turns if unknown else []
 
@@ -205,6 +221,7 @@ def ask_image(rng):
 
 
 # two images ---------------------------------------------------------------------------------------
+
 
 def change(things, rng):
     """Return a scene in which one thing differs, or none, and the answer to what has changed."""
@@ -268,6 +285,7 @@ def ask_pair(rng):
 
 # clips --------------------------------------------------------------------------------------------
 
+
 def pick_event(thing, look, things, free, rng):
     """Let a thing move to a free place, grow, appear or vanish.
 
@@ -275,8 +293,7 @@ def pick_event(thing, look, things, free, rng):
     visible. Update `free`, the set of the (column, row) of all free places.
     """
     directions = [
-        direction for direction, step in DIRECTIONS.items()
-        if tuple(position(thing) + step) in free
+        direction for direction, step in DIRECTIONS.items() if tuple(position(thing) + step) in free
     ]
     events = ["appears", "vanishes"]
     if str(thing._replace(size="large")) not in map(str, things):  # nor is the thing large already
@@ -340,6 +357,7 @@ def ask_clip(rng):
 
 # the data set -------------------------------------------------------------------------------------
 
+
 def make_sample(turns, image_ids):
     """Return a conversation about images in the form that mllm.py reads."""
     messages = []
@@ -347,7 +365,7 @@ def make_sample(turns, image_ids):
     for kind, question, answer in turns:
         messages += [
             {"role": "user", "content": placeholders + question},
-            {"role": "assistant", "content": answer, "kind": kind}
+            {"role": "assistant", "content": answer, "kind": kind},
         ]
         placeholders = ""  # only in front of the first question
     return {"images": image_ids, "messages": messages}

@@ -7,7 +7,8 @@ What every run needs besides its model and its data.
     randomness    shared_generator, seed_step, epoch_rows
     files         save, load, start, log
 
-Under torchrun every process computes a share of each batch; the first one, rank 0, evaluates, prints and writes.
+Under torchrun every process computes a share of each batch; the first one, rank 0, evaluates,
+prints and writes.
 """
 
 import atexit
@@ -26,16 +27,19 @@ import torch.distributed as dist
 
 from config import read_settings
 
-# errors --------------------------------------------------------------------------------------------------------------
+# errors -------------------------------------------------------------------------------------------
 
 
 def fail(message):
     """End the program: print a one-line error and exit with status 1."""
-    raise SystemExit(f"error: {message}")
+    show_progress("")
+    process = f" (process {rank()})" if rank() else ""
+    raise SystemExit(f"error: {message}{process}")
 
 
 def one_line_errors(main):
-    """Decorate main so that a failed assertion, an OSError and Ctrl-C end in one line and exit status 1.
+    """Decorate main so that a failed assertion, an OSError and Ctrl-C end in one line and exit
+    status 1.
 
     These are what a user can cause; any other exception is a bug and keeps its traceback.
     """
@@ -47,28 +51,23 @@ def one_line_errors(main):
         try:
             return main(argv)
         except KeyboardInterrupt:
-            message = "stopped; --init_from=resume continues a training run from its last evaluation"
-        except BrokenPipeError:  # the reader of our output, such as `head`, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1)
+            fail("stopped; --init_from=resume continues training from the last evaluation")
         except (AssertionError, OSError) as e:
             if not str(e):
                 raise  # an assertion without a message is a bug
-            message = e
-        show_progress("")
-        process = f" (process {rank()})" if rank() else ""
-        fail(f"{message}{process}")
+            fail(e)
 
     return wrapped
 
 
 def show_progress(text):
-    """Replace the last line of a terminal by text. Prints nothing where the output goes to a file."""
+    """Replace the last line of a terminal by text. Print nothing if the output goes to a file."""
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="", flush=True)
 
 
-# machine -------------------------------------------------------------------------------------------------------------
+# machine ------------------------------------------------------------------------------------------
+
 
 def pick_device(device):
     """Return a torch.device: for "auto" cuda, mps or cpu, whichever is there first.
@@ -86,7 +85,7 @@ def pick_device(device):
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):
         fail(f"device={device} is not available here; device=auto takes what there is")
-    if several and not dist.is_initialized():
+    if several:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -102,22 +101,22 @@ def keep_freed_memory():
     Otherwise every large tensor is mapped anew, page by page. Other C libraries do without.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_dtype(dtype, device):
-    """Return "float32" or "bfloat16"; for "auto" bfloat16 where the hardware has instructions for it."""
+    """Return "float32" or "bfloat16"; for "auto" bfloat16 where the hardware has instructions for
+    it."""
     assert dtype in ("auto", "float32", "bfloat16"), f"dtype={dtype}: auto, float32 or bfloat16"
-    if dtype != "auto":
-        return dtype
-    has_bfloat16 = False
-    if device.type == "cuda":
+    if dtype == "auto" and device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    elif dtype == "auto" and device.type == "cpu":
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has_bfloat16 = dtype == "bfloat16"
     return "bfloat16" if has_bfloat16 else "float32"
 
 
@@ -140,7 +139,8 @@ def autocast(model):
     return torch.autocast(device_of(model).type, torch.bfloat16, enabled=uses_bfloat16(model))
 
 
-# processes -----------------------------------------------------------------------------------------------------------
+# processes ----------------------------------------------------------------------------------------
+
 
 def rank():
     return int(os.environ.get("RANK", 0))
@@ -156,13 +156,15 @@ def n_processes():
 
 def check_batch(batch_size, accumulation):
     n_parts = accumulation * n_processes()
-    assert batch_size % n_parts == 0, f"batch_size={batch_size} cannot be split into {n_parts} equal parts"
+    assert batch_size % n_parts == 0, (
+        f"batch_size={batch_size} cannot be split into {n_parts} equal parts"
+    )
 
 
 def my_share(batch):
     """Return the rows of a batch, a tensor or a list, that this process computes."""
     n = len(batch) // n_processes()
-    return batch[rank() * n:(rank() + 1) * n]
+    return batch[rank() * n : (rank() + 1) * n]
 
 
 def sum_over_processes(value, device):
@@ -182,11 +184,14 @@ def gather(tensor):
     return tensors
 
 
-# randomness ----------------------------------------------------------------------------------------------------------
-# Everything random in a step is drawn from a generator seeded by (seed, step), so a resumed run continues exactly.
+# randomness ---------------------------------------------------------------------------------------
+# Everything random in a step is drawn from a generator seeded by (seed, step), so a resumed run
+# continues exactly.
+
 
 def shared_generator(seed, step):
-    """Return the generator of what all processes draw alike in a step, such as the rows of its batch."""
+    """Return the generator of what all processes draw alike in a step, such as the rows of its
+    batch."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
@@ -196,18 +201,20 @@ def seed_step(seed, step):
 
 
 def epoch_rows(n, batch_size, step, seed):
-    """Return the (batch_size,) indices of this step's batch: sampled without replacement within an epoch over n
-    rows, and identical on all ranks."""
+    """Return the (batch_size,) indices of this step's batch: sampled without replacement within an
+    epoch over n rows, and identical on all ranks."""
     epoch, position = divmod(step, n // batch_size)
     order = torch.randperm(n, generator=shared_generator(seed, epoch))
-    return order[position * batch_size:(position + 1) * batch_size]
+    return order[position * batch_size : (position + 1) * batch_size]
 
 
-# files ---------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def new_file(path):
-    """Yield a temporary path, which is renamed to path if the block ends well: no half-written file gets the name."""
+    """Yield a temporary path, which is renamed to path if the block ends well: no half-written file
+    gets the name."""
     partial = Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -226,9 +233,16 @@ def save(path, checkpoint):
 
 
 def checkpoint(stage, settings, model, optimizers, **values):
-    """Return what a run saves: the state of the model and the optimizers, and values such as the step."""
-    return {"stage": stage, "settings": settings, "config": dataclasses.asdict(model.config),
-            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **values}
+    """Return what a run saves: the state of the model and the optimizers, and values such as the
+    step."""
+    return {
+        "stage": stage,
+        "settings": settings,
+        "config": dataclasses.asdict(model.config),
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        **values,
+    }
 
 
 def restore(checkpoint, model, optimizers):
@@ -239,9 +253,12 @@ def restore(checkpoint, model, optimizers):
 
 
 def load(path, *stages):
-    """Return the checkpoint at path, on the CPU, which one of the stages ("vit", "gpt", ...) has saved."""
+    """Return the checkpoint at path, on the CPU, which one of the stages ("vit", "gpt", ...) has
+    saved."""
     path = Path(path)
-    assert path.is_file(), f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(path.parent)}"
+    assert path.is_file(), (
+        f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(path.parent)}"
+    )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = checkpoint["stage"]
@@ -265,12 +282,10 @@ def start(stage, settings):
     A new run renames the checkpoints of an earlier one to *.old.pt and begins a new log.
     """
     out = Path(settings["out_dir"])
-    if settings["init_from"] == "resume":
+    init_from = settings["init_from"]
+    assert init_from in ("scratch", "sft", "resume"), f"init_from={init_from}: a start, or resume"
+    if init_from == "resume":
         checkpoint = load(out / "last.pt", stage)
-        for name, value in settings.items():
-            before = checkpoint["settings"].get(name)
-            if value != before and name not in ("init_from", "out_dir"):
-                print(f"note: {name} is {value!r}, and was {before!r} when the run began")
         print(f"resuming from {out / 'last.pt'}, step {checkpoint['step']}")
         return checkpoint
     if is_main():
@@ -283,26 +298,29 @@ def start(stage, settings):
 
 
 def show_step(step, max_steps, losses):
-    """Show the progress of a run now and then; reading the loss at every step would make a GPU wait."""
+    """Show the progress of a run now and then; reading the loss at every step would make a GPU
+    wait."""
     if step % 10 == 0:
         show_progress(f"step {step}/{max_steps} | loss {losses[-1].item():.3f}")
 
 
 def pace(losses, seconds):
-    """Return the log's columns about the steps since the last evaluation: their mean loss and time per step."""
-    if not losses:
-        return {}
-    train = torch.stack(losses).mean().item()
-    return {"train": train, "ms_per_step": 1000 * seconds / len(losses)}
+    """Return the log's columns about the steps since the last evaluation: their mean loss and time
+    per step."""
+    n = len(losses)
+    return {"train": sum(losses).item() / n, "ms_per_step": 1000 * seconds / n} if n else {}
 
 
 def log(out_dir, row, brief=()):
-    """Write a row, {"step": ..., name: value, ...}, to out_dir/log.csv, and print its columns named in brief.
+    """Write a row, {"step": ..., name: value, ...}, to out_dir/log.csv, and print its columns named
+    in brief.
 
-    Values of a step that is already in the log are added to its row; rows of later steps, which a run wrote before it
-    was interrupted, are dropped.
+    Values of a step that is already in the log are added to its row; rows of later steps, which a
+    run wrote before it was interrupted, are dropped.
     """
-    assert math.isfinite(row.get("train", 0.0)), f"the training loss is {row['train']} before step {row['step']}"
+    assert math.isfinite(row.get("train", 0.0)), (
+        f"the training loss is {row['train']} before step {row['step']}"
+    )
     path = Path(out_dir) / "log.csv"
     rows = []
     if path.is_file():
@@ -310,13 +328,15 @@ def log(out_dir, row, brief=()):
             rows = [r for r in csv.DictReader(f) if int(r["step"]) <= row["step"]]
     if not rows or int(rows[-1]["step"]) < row["step"]:
         rows.append({})
-    rows[-1] |= {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+    rows[-1] |= {
+        name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()
+    }
     columns = dict.fromkeys(name for r in rows for name in r)
     with new_file(path) as partial, open(partial, "w", newline="") as f:
         writer = csv.DictWriter(f, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
     show_progress("")
-    texts = [f"{name} {row[name]:.4g}" for name in brief if isinstance(row.get(name), (int, float))]
+    texts = [f"{name} {row[name]:.4g}" for name in brief if name in row]
     if texts:
         print(f"step {row['step']} | " + " | ".join(texts), flush=True)

@@ -17,15 +17,21 @@ COLOURS = {
     "blue": (50, 80, 220),
     "yellow": (235, 215, 50),
     "purple": (150, 60, 190),
-    "orange": (240, 140, 30)
+    "orange": (240, 140, 30),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "large")
 RADII = {"small": 0.085, "large": 0.14}  # as a fraction of the image's side
 PLACES = (  # row by row
-    "top left", "top center", "top right",
-    "middle left", "middle center", "middle right",
-    "bottom left", "bottom center", "bottom right"
+    "top left",
+    "top center",
+    "top right",
+    "middle left",
+    "middle center",
+    "middle right",
+    "bottom left",
+    "bottom center",
+    "bottom right",
 )
 WORDINGS = {  # by the number of things
     1: (
@@ -33,20 +39,21 @@ WORDINGS = {  # by the number of things
         "there is a {0} at the {0.place}",
         "the {0.place} holds a {0}",
         "one {0}, {0.place}",
-        "i see a {0} in the {0.place}"
+        "i see a {0} in the {0.place}",
     ),
     2: (
         "a {0} in the {0.place} and a {1} in the {1.place}",
         "there is a {0} at the {0.place} and a {1} at the {1.place}",
         "the {0.place} holds a {0} and the {1.place} a {1}",
         "one {0}, {0.place}, and one {1}, {1.place}",
-        "i see a {0} in the {0.place} and a {1} in the {1.place}"
-    )
+        "i see a {0} in the {0.place} and a {1} in the {1.place}",
+    ),
 }
 
 
 class Thing(NamedTuple):
     """Describe a shape in a scene in words."""
+
     size: str
     colour: str
     shape: str
@@ -60,6 +67,7 @@ class Thing(NamedTuple):
 
 class Look(NamedTuple):
     """Describe how a thing is drawn."""
+
     middle: np.ndarray  # x and y as fractions of the image's width and height, (2,)
     radius: float  # as a fraction of the side of a square image
     fill: tuple  # red, green and blue, 0 to 255
@@ -67,6 +75,7 @@ class Look(NamedTuple):
 
 
 # random choices -----------------------------------------------------------------------------------
+
 
 def pick(options, rng):
     """Return a random option, as it is (rng.choice would return a NumPy type)."""
@@ -78,7 +87,7 @@ def pick_several(options, low, high, rng):
 
     An integer n stands for the options 0 to n - 1.
     """
-    return rng.permutation(options)[:rng.integers(low, high + 1)].tolist()
+    return rng.permutation(options)[: rng.integers(low, high + 1)].tolist()
 
 
 def random_thing(places, rng):
@@ -116,6 +125,7 @@ def background(rng):
 
 # drawing ------------------------------------------------------------------------------------------
 
+
 def between(first, last, share):
     """Return the look a `share` of the way, 0 to 1, from `first` to `last`.
 
@@ -125,7 +135,7 @@ def between(first, last, share):
         return last if share >= 0.5 else first
     return first._replace(
         middle=first.middle + share * (last.middle - first.middle),
-        radius=first.radius + share * (last.radius - first.radius)
+        radius=first.radius + share * (last.radius - first.radius),
     )
 
 
@@ -176,6 +186,7 @@ def draw_scene(things, size, rng):
 
 # data sets ----------------------------------------------------------------------------------------
 
+
 def draw_shapes(n, size, seed):
     """Return n images of one or two things, (n, 3, size, size) uint8, and their captions.
 
@@ -211,6 +222,7 @@ def draw_wide(n, seed):
 
 
 # captions -----------------------------------------------------------------------------------------
+
 
 def describe(things):
     """Return a caption that lists the things."""
