@@ -4,13 +4,12 @@ token by token.
 
     python prepare_shakespeare.py && python gpt.py config/shakespeare_cpu.py
     python gpt.py config/shakespeare_cpu.py --prompt="ROMEO:"
-    python gpt.py config/shakespeare_cpu.py --eval_only=True --context=256 --yarn=4    four times the context, untrained
-    python prepare_flickr8k.py && python gpt.py config/captions_cpu.py      the language model that mllm.py starts from
+    python gpt.py config/shakespeare_cpu.py --eval_only=True --context=256 --yarn=4
+    python prepare_flickr8k.py && python gpt.py config/captions_cpu.py   # mllm.py starts from it
 
 A run writes log.csv, loss.png, sample.txt and the checkpoints best.pt and last.pt to out_dir.
 """
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -32,12 +31,12 @@ eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
 context = (
     0  # with eval_only and prompt: tokens that the model reads at once; 0: as many as in training
 )
-yarn = 1.0  # with context: context over block_size of the training, so that rotary positions reach as far (YaRN)
+yarn = 1.0  # with context: context over block_size of the training, the factor of YaRN
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
-dataset = "shakespeare"  # the folder under data/: shakespeare (characters) or flickr8k (captions, BPE tokens)
+dataset = "shakespeare"  # the folder under data/: shakespeare (characters) or flickr8k (captions)
 batch_size = 64  # windows per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 block_size = 256  # tokens per window: the longest context
@@ -62,7 +61,6 @@ eval_interval = 250  # steps between evaluations, each over the whole validation
 # sampling
 prompt = ""  # continue this text and stop; \n in it is a line break
 max_new_tokens = 500  # length of a sample
-num_samples = 1  # continuations to write in parallel
 temperature = 0.8  # 0: always the likeliest token
 top_k = 0  # sample only among the k likeliest tokens; 0: among all
 top_p = 1.0  # sample only among the fewest tokens that together have this probability; 1: among all
@@ -106,35 +104,29 @@ def evaluate(model, ids, batch_size):
     return total / (len(ids) - 1)
 
 
-def write_texts(model, tokenizer, text, n, echo=False):
-    """Return n continuations of text, written in parallel: a list of str, each with its beginning.
-
-    echo: print the first one while it is written.
-    """
+def write_text(model, tokenizer, text, echo=False):
+    """Return a continuation of text with its beginning. echo: print it while it is written."""
     bos = [tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []
-    eos_id = getattr(tokenizer, "eos_id", -1)
     device = run.device_of(model)
-    ids = torch.tensor([bos + tokenizer.encode(text)] * n, device=device)
+    ids = torch.tensor([bos + tokenizer.encode(text)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    columns, shown = [], ""
+    written, shown = [], ""
     with run.autocast(model):
-        for column in model.stream(
+        for token in model.stream(
             ids,
             max_new_tokens,
-            eos_id,
+            getattr(tokenizer, "eos_id", -1),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             generator=generator,
         ):
-            columns.append(column.tolist())  # n ids
-            if echo:
-                written = tokenizer.decode([column[0] for column in columns])
-                # else a character whose last bytes are still to come
-                if not written.endswith("\ufffd"):
-                    print(written[len(shown) :], end="", flush=True)
-                    shown = written
-    return [text + tokenizer.decode(row) for row in zip(*columns)]
+            written.append(token.item())
+            new = tokenizer.decode(written)
+            if echo and not new.endswith("\ufffd"):  # else a character with bytes still to come
+                print(new[len(shown) :], end="", flush=True)
+                shown = new
+    return text + tokenizer.decode(written)
 
 
 def use(device):
@@ -156,16 +148,9 @@ def use(device):
         return
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     text = prompt.replace("\\n", "\n")
-    start = time.perf_counter()
-    if num_samples == 1:
-        print(text, end="", flush=True)
-        texts = write_texts(model, tokenizer, text, 1, echo=True)
-        print()
-    else:
-        texts = write_texts(model, tokenizer, text, num_samples)
-        print(f"\n{'-' * 40}\n".join(texts))
-    n_tokens = sum(len(tokenizer.encode(written[len(text) :])) for written in texts)
-    print(f"{'-' * 40}\n{n_tokens / (time.perf_counter() - start):,.0f} tokens per second")
+    print(text, end="", flush=True)
+    write_text(model, tokenizer, text, echo=True)
+    print()
 
 
 @run.one_line_errors
@@ -209,9 +194,7 @@ def main(argv=None):
         )
         run.restore(resumed, model, optimizers)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{dataset}: {len(train_ids):,} tokens, {tokenizer.vocab_size} different; {n_parameters:,} parameters on {dev}"
-    )
+    print(f"{len(train_ids):,} tokens, {n_parameters:,} parameters on {dev}")
 
     losses = []  # since the last evaluation
     start = time.perf_counter()
@@ -225,7 +208,7 @@ def main(argv=None):
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 val = evaluate(model, val_ids, batch_size)
-                samples[step] = write_texts(model, tokenizer, beginning, 1)[0]
+                samples[step] = write_text(model, tokenizer, beginning)
                 run.log(
                     out,
                     row | {"val": val, "minutes": seconds / 60},

@@ -3,11 +3,11 @@ Stage 3: a ViT, a connector and a GPT become one model that looks at a photo and
 or answers questions about one image, several, or a clip.
 
     python mllm.py                                      drawn shapes: no download
-    python mllm.py --image=photo.png                    caption a picture with what that run has learnt
+    python mllm.py --image=photo.png                    caption a picture with that model
     python mllm.py config/questions_cpu.py              questions about drawn images and clips
     python mllm.py config/questions_cpu.py --image=a.png,b.png --prompt="what has changed?"
     python mllm.py config/questions_cpu.py --image=clip.gif --chat=True
-    python mllm.py config/flickr8k_cpu.py               photos, after the commands of README's "The chain on photos"
+    python mllm.py config/flickr8k_cpu.py               photos: see "The chain on photos" in README
     python mllm.py config/flickr8k_cpu.py --image=photo.jpg --num_captions=5
 
 Training has two phases: `align`, on captions alone, trains what is new, such as the connector,
@@ -51,32 +51,32 @@ out_dir = "out/shapes"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
 eval_split = "val"  # what eval_only evaluates: train, val or test
-image = ""  # caption this file, folder or URL and stop; a.png,b.png: both together; an animated file: its frames
+image = ""  # caption this file, folder or URL and stop; a.png,b.png: both together
 prompt = ""  # ask this about image instead of captioning it
 chat = False  # talk about image in the terminal, turn by turn
-frames = 0  # how many frames of a clip are read; above 0 a folder is a clip too; 0: as many as the model has learnt
+frames = 0  # frames that are read of a clip; above 0 a folder is a clip too; 0: as many as learnt
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
-dataset = "shapes"  # drawn here, as are questions and wide; or a folder under data/ of prepare_flickr8k.py: flickr8k
-n_drawn = 10000  # images, or groups of them, to draw; a twentieth, at most 500, to validate and as many to test
-image_size = 48  # pixels a side that the model sees
-max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles of that size; needs fusion=cross
-train_size = 0  # pixels a side of what is seen of a training photo: things look larger in crops; 0: image_size
-crop = (
-    1.0  # smallest share of its area that is seen of a training photo; 1 where captions name places
+dataset = "shapes"  # or questions or wide, also drawn; or a folder under data/, such as flickr8k
+n_drawn = (
+    10000  # images, or groups of them, to draw; up to 500 are for validation, and as many for test
 )
+image_size = 48  # pixels a side that the model sees
+max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles; needs fusion=cross
+train_size = 0  # pixels a side of a training photo: things look larger in crops; 0: image_size
+crop = 1.0  # smallest share of the area of a training photo that is seen; 1 if captions name places
 jitter = 0.0  # brightness, contrast and saturation of a training photo change by up to this factor
-mirror = False  # mirror half of the training photos, but none with a text in the batch that says left or right
-word_dropout = 0.0  # share of the tokens that are hidden from the GPT while it learns to write the ones after them
+mirror = False  # mirror half of the training photos, but none whose text says left or right
+word_dropout = 0.0  # share of the tokens that are hidden from the GPT in training
 batch_size = 64  # photos, or groups of samples about the same images, per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 captions_per_photo = 1  # samples of a group in a step: its image tokens are computed once
 max_tokens = 40  # longest text of a sample with the most images; longer samples are left out
 # model: a checkpoint brings its own architecture
-vit_ckpt = ""  # checkpoint of stage 1 to start from, or openai/clip-vit-base-patch16, or a folder of it; empty: new
-gpt_ckpt = ""  # checkpoint of stage 2, trained on the same captions; or gpt2, or a folder of it; empty: new
+vit_ckpt = ""  # checkpoint of stage 1, or openai/clip-vit-base-patch16, or its folder; empty: new
+gpt_ckpt = ""  # checkpoint of stage 2 on the same captions, or gpt2, or its folder; empty: new
 fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
 connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens
@@ -85,7 +85,7 @@ vit_layer = 3  # blocks of the ViT
 vit_head = 4  # its attention heads
 vit_embd = 128  # its channels
 across_layer = 0  # with tiles: further blocks in which all tiles of an image attend to each other
-keep_blocks = ()  # with tiles: the outputs of these blocks of the ViT go to the connector too, such as 0,1
+keep_blocks = ()  # with tiles: outputs of these blocks go to the connector too, such as 0,1
 gpt_layer = 3  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
@@ -99,7 +99,7 @@ label_smoothing = (
     0.0  # share of the target that is spread over all words, in the training loss alone
 )
 # optimization
-align_share = 0.0  # part of the run for the phase align: captions alone, and what a checkpoint brought is frozen
+align_share = 0.0  # part of the run for the phase align
 train_vit = True  # the phase sft trains the ViT too
 max_steps = 600  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
@@ -480,9 +480,7 @@ def build_model(data):
     gpt_config.block_size = max_images * c.n_placeholders(image_size) + max_tokens
     assert (
         gpt_config.positions != "learned" or gpt_config.block_size <= gpt["config"]["block_size"]
-    ), (
-        f"{gpt_ckpt} has learnt fewer positions than the {gpt_config.block_size} of the images and max_tokens"
-    )
+    ), f"{gpt_ckpt} has learnt fewer than the {gpt_config.block_size} positions needed"
     model = make_mllm(c)
     if vit_ckpt:
         load_weights(
@@ -598,8 +596,6 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
                     scores, texts = evaluate(model, data, "val")
                     row |= {f"val_{name}": value for name, value in scores.items()}
                     score = scores[data["metric"]]
-                    picture = out / ("answers.png" if data["asks"] else "captions.png")
-                    answers.draw_answers(picture, data, prompts_of(data, "val"), texts)
                 run.log(
                     out,
                     row,
@@ -620,6 +616,8 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
                 )
                 if is_best:
                     run.save(out / "sft.pt", checkpoint)
+                    picture = out / ("answers.png" if data["asks"] else "captions.png")
+                    answers.draw_answers(picture, data, prompts_of(data, "val"), texts)
                 run.save(out / "last.pt", checkpoint)
             losses = []
             start = time.perf_counter()
@@ -705,7 +703,7 @@ def main(argv=None):
         row = {"step": max_steps} | {f"test_{name}": value for name, value in scores.items()}
         run.log(out, row, [name for name in row if "," not in name and name != "step"])
         print(
-            f"best validation {data['metric']} {best:.2f} after {seconds / 60:.1f} minutes of training; "
+            f"best validation {data['metric']} {best:.2f} after {seconds / 60:.1f} minutes; "
             f"wrote {out}/*.png, sft.pt"
         )
 

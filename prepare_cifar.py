@@ -24,17 +24,16 @@ RECORD = 1 + 3 * 32 * 32  # bytes: a label, then red, green and blue, row by row
 FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
 
 
-def open_member(tar, name):
-    return tar.extractfile(f"cifar-10-batches-bin/{name}")
-
-
 def read_split(tar, names):
     """Return labels (n,) and images (n, 3, 32, 32) of files with 10,000 records each."""
-    batches = np.empty((len(names), 10_000, RECORD), dtype=np.uint8)
-    for batch, name in zip(batches, names):
-        n_bytes = open_member(tar, name).readinto(batch)
-        assert n_bytes == batch.size, f"{name} in the archive is too short; delete the archive"
-    records = batches.reshape(-1, RECORD)
+    content = b""
+    for name in names:
+        batch = tar.extractfile(f"cifar-10-batches-bin/{name}").read()
+        assert len(batch) == 10_000 * RECORD, (
+            f"{name} in the archive is too short; delete the archive"
+        )
+        content += batch
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, RECORD)
     return records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
 
 
@@ -44,16 +43,17 @@ def main(argv=None):
     archive = download(f"{out_dir}/cifar-10-binary.tar.gz", URLS, MD5)
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            classes = open_member(tar, "batches.meta.txt").read().decode().split()
+            classes = tar.extractfile("cifar-10-batches-bin/batches.meta.txt").read().decode()
             splits = {split: read_split(tar, names) for split, names in FILES.items()}
     except (tarfile.TarError, EOFError, KeyError) as e:
         fail(f"{archive} is not CIFAR-10 or is damaged ({e}); delete it and run this again")
-    save_json(f"{out_dir}/classes.json", classes)
+    save_json(f"{out_dir}/classes.json", classes.split())
     for split, (labels, images) in splits.items():
         save_array(f"{out_dir}/{split}_labels.npy", labels)
         save_array(f"{out_dir}/{split}_images.npy", images)
-        n_per_class = np.bincount(labels).tolist()
-        print(f"{out_dir}: {len(images):,} {split} images, per class {n_per_class}")
+        print(
+            f"{out_dir}: {len(images):,} {split} images, per class {np.bincount(labels).tolist()}"
+        )
 
 
 if __name__ == "__main__":

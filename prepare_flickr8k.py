@@ -64,7 +64,7 @@ def clean(caption):
 
 def caption_table(captions, splits):
     """Return the table for captions.json, from {name: captions} and {split: names}."""
-    names = [name for split in splits.values() for name in split]
+    names = sum(splits.values(), [])
     index = {name: i for i, name in enumerate(names)}
     return {
         "names": names,
@@ -96,7 +96,7 @@ def read_flickr8k(folder):
         assert (texts / name).exists(), f"{folder}/Flickr8k_text.zip lacks {name}; delete it"
     n_photos = len(list(photos.iterdir())) if photos.is_dir() else 0
     splits = {split: (texts / name).read_text().split() for split, name in SPLITS.items()}
-    sizes = [len(names) for names in splits.values()]
+    sizes = list(map(len, splits.values()))
     assert n_photos == 8091 and sizes == [6000, 1000, 1000], (
         f"the archives in {folder} are not Flickr8k: {n_photos} photos instead of 8091, splits of "
         f"{sizes} instead of 6000, 1000 and 1000; delete them"
@@ -155,23 +155,19 @@ def read_folder(folder):
 def open_photos(names, folder, named):
     """Yield the images of a folder in RGB. named: {name: where it is named}, for the message."""
     for i, name in enumerate(names):
-        if i % 100 == 0:
-            show_progress(f"packing photo {i}/{len(names)}")
+        show_progress(f"packing photo {i}/{len(names)}")
         try:
             with (folder / name).open("rb") as file:
-                image = to_rgb(Image.open(file))
+                yield to_rgb(Image.open(file))
         except UNREADABLE as e:
-            where = named.get(name, folder)
-            fail(f"{where}: {name} cannot be read as an image ({e})")
-        yield image
+            fail(f"{named.get(name, folder)}: {name} cannot be read as an image ({e})")
     show_progress("")
 
 
 def texts_of(table, split):
     """Return the conversations of a split, lists of texts by user and assistant in turn."""
     if "captions" in table:
-        photos = [table["captions"][i] for i in table["splits"][split]]
-        return [["", caption] for captions in photos for caption in captions]
+        return [["", caption] for i in table["splits"][split] for caption in table["captions"][i]]
     return [
         [message["content"].replace("<image>", "") for message in sample["messages"]]
         for sample in table["samples"][split]
@@ -182,9 +178,9 @@ def encode(conversations, tokenizer):
     """Return conversations as one stream of ids: question, bos, answer, eos, question, ..."""
     ids = []
     for texts in conversations:
-        for question, answer in zip(texts[::2], texts[1::2]):
-            ids += [*tokenizer.encode(question), tokenizer.bos_id]
-            ids += [*tokenizer.encode(answer), tokenizer.eos_id]
+        for i, text in enumerate(texts):
+            end = tokenizer.eos_id if i % 2 else tokenizer.bos_id  # bos: the assistant's turn
+            ids += [*tokenizer.encode(text), end]
     return np.array(ids, dtype=np.uint16)
 
 
@@ -211,7 +207,7 @@ def main(argv=None):
 
     texts = [text for conversation in texts_of(table, "train") for text in conversation]
     tokenizer = BPETokenizer.train(texts, vocab_size)
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         conversations = texts_of(table, split)
         random.Random(0).shuffle(conversations)  # captions of a photo are apart in the stream
         ids = encode(conversations, tokenizer)

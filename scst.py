@@ -4,7 +4,7 @@ or its BLEU; or the share of right answers to questions.
 
     python mllm.py && python scst.py --init_from=sft                      drawn shapes
     python scst.py config/flickr8k_scst_cpu.py --init_from=sft
-    python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo with the fine-tuned model
+    python scst.py config/flickr8k_scst_cpu.py --image=photo.jpg          caption a photo
 
 Cross-entropy teaches the next word of somebody's caption; what is reported is CIDEr of whole
 captions that the model writes by itself. Here the model samples captions, each is scored, and the
@@ -70,20 +70,22 @@ num_captions = 1  # with image: captions of each
 cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
 exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
-max_surprise = 0.0  # nats: a sample with a token that surprises the GPT of stage 2 by more earns nothing; 0: any may
+max_surprise = (
+    0.0  # a sample with a token of more nats for the GPT of stage 2 earns nothing; 0: no limit
+)
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
 max_sample_tokens = (
     0  # longer samples end there, without an end token; 0: as long as fits the context
 )
 sample_temperature = 1.0  # below 1 samples are more like the greedy caption
-samples = 2  # captions sampled for each photo, or answers to each question; leave_one_out needs at least 2
+samples = 2  # captions sampled per photo, or answers per question; leave_one_out needs 2
 batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 # optimization
 train_vit = False  # train the ViT too
 max_steps = 450  # length of the run
-lr = 2e-4  # peak rate, AdamW for all: far below that of the training before, since samples are noisy teachers
+lr = 2e-4  # peak rate, AdamW for all: far below that of stage 3, since rewards are noisy
 weight_decay = 0.0  # the weights stay near those of the training before
 warmup_steps = 10  # steps in which the rate rises to its peak
 cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a straight line
@@ -253,9 +255,8 @@ def find_sft():
     """Return the path of the sft.pt to start from."""
     found = [Path(sft_dir, "sft.pt")] if sft_dir else list(Path("out").glob("*/sft.pt"))
     found = [path for path in found if path.is_file()]
-    assert found, (
-        f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{run.recipe_of(sft_dir)}"
-    )
+    recipe = run.recipe_of(sft_dir)
+    assert found, f"no {sft_dir or 'out/*'}/sft.pt yet; train one first: python mllm.py{recipe}"
     newest = max(found, key=lambda path: path.stat().st_mtime)
     assert newest.parent != Path(out_dir), (
         f"a new run would rename {newest}; choose another out_dir"

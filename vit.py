@@ -4,7 +4,7 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
     python prepare_cifar.py && python vit.py config/cifar_cpu.py
     python vit.py config/cifar_cpu.py --image=cat.jpg
     python prepare_flickr8k.py && python vit.py config/clip_cpu.py
-    python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, people in a street"
+    python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, a street"
 
 A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10,
 predictions.png to out_dir. The best checkpoint is chosen on validation data: 5,000 of CIFAR-10's
@@ -42,7 +42,9 @@ init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates: train, val or test
 image = ""  # classify this file, folder or URL and stop
-texts = "a dog, a child, people, a ball, a bicycle, water, snow, a street"  # among which CLIP chooses for the image
+texts = (
+    "a dog, a child, people, a bicycle, snow, a street"  # CLIP chooses among these for the image
+)
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: weights, batches, augmentation, dropout
@@ -53,9 +55,9 @@ dataset = (
 )
 batch_size = 256  # images per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
-image_size = 64  # CIFAR's 32 pixels doubled: the stem halves the image at once, and stage 3 sees large photos
-first_size = 32  # images grow from this size, patch by patch: a quarter of the patches take a third of the time
-train_size = 0  # clip: and grow to this size, below image_size since things look larger in crops; 0: image_size
+image_size = 64  # CIFAR's 32 pixels doubled: the stem halves them at once
+first_size = 32  # images grow from this size: a quarter of the patches take a third of the time
+train_size = 0  # clip: they grow to this size; things look larger in crops; 0: image_size
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
 crop = 0.5  # clip: smallest share of its area that is seen of a training photo
 jitter = (

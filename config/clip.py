@@ -1,5 +1,5 @@
-"""CLIP on Flickr8k's photos and captions (python prepare_flickr8k.py --size=128), on one GPU. On a GPU it has only
-been started."""
+"""CLIP on the photos and captions of Flickr8k (python prepare_flickr8k.py --size=128), on one GPU.
+On a GPU it has only been started."""
 out_dir = "out/clip"
 task = "clip"
 dataset = "flickr8k"
@@ -8,13 +8,11 @@ max_steps = 800
 batch_size = 250  # photos: each caption is compared with 249 others
 image_size = 128
 train_size = 112
-first_size = 64  # pixels a side at the beginning: they grow during 70% of the run
-patch_size = 4  # this and the next four are vit_ckpt's
+first_size = 64  # pixels a side at the beginning
+patch_size = 4  # this and the next three are vit_ckpt's
 n_layer = 7
 n_head = 4
 n_embd = 256
-stem = "residual"
-patch_dropout = 0.5  # this and the next are as in config/clip_cpu.py
-words_weight = 1.0
+patch_dropout = 0.5  # as in config/clip_cpu.py
 dropout = 0.1
 eval_interval = 250

@@ -1,18 +1,16 @@
-"""CLIP on Flickr8k's photos and captions, on two CPU cores: 10 minutes of training."""
+"""CLIP on the photos and captions of Flickr8k, on two CPU cores."""
 out_dir = "out/clip_cpu"
 task = "clip"
 dataset = "flickr8k"
-vit_ckpt = "out/cifar_cpu/best.pt"  # python vit.py config/cifar_cpu.py; empty: from nothing
-max_steps = 660  # by then it has memorised the training photos' captions
+vit_ckpt = "out/cifar_cpu/best.pt"  # python vit.py config/cifar_cpu.py; empty: random weights
+max_steps = 660  # by then it has memorised the captions of the training photos
 batch_size = 250  # photos: each caption is compared with 249 others
 image_size = 112  # as prepare_flickr8k.py packs them
-train_size = 96  # of a part of a photo, in which things look larger
-first_size = 48  # pixels a side at the beginning: they grow during 70% of the run
+train_size = 96  # of what is seen of a photo: things look larger in crops
+first_size = 48  # pixels a side at the beginning
 patch_dropout = 0.5  # half as much work for the blocks, and harder to memorise
-words_weight = 1.0  # recall at 10 of 28% instead of 26% after 600 steps
-n_layer = 4  # these four are vit_ckpt's, where there is one
+n_layer = 4  # this and the next two are vit_ckpt's
 n_head = 4
 n_embd = 128
-stem = "residual"  # see config/cifar_cpu.py
 dropout = 0.1
 eval_interval = 50

@@ -1,4 +1,4 @@
-"""Captions of Flickr8k photos, from CLIP's ViT and the GPT of stage 2, on two CPU cores: 33 minutes of training."""
+"""Captions of Flickr8k photos, from the ViT of CLIP and the GPT of stage 2, on two CPU cores."""
 out_dir = "out/flickr8k_cpu"
 dataset = "flickr8k"
 vit_ckpt = "out/clip_cpu/best.pt"  # python vit.py config/clip_cpu.py
@@ -6,13 +6,13 @@ gpt_ckpt = "out/captions_cpu/best.pt"  # python gpt.py config/captions_cpu.py
 image_size = 112  # as prepare_flickr8k.py packs them
 train_size = 96  # this and the next are as in config/clip_cpu.py
 patch_dropout = 0.5
-fusion = "cross"  # better than the image tokens as a prefix in five minutes, and as fast
-connector = "mlp"  # 196 image tokens, one a patch: they cost little where no sequence holds them
+fusion = "cross"  # better than image tokens as a prefix in a short run, and as fast
+connector = "mlp"  # 196 image tokens, one per patch: they cost little outside the sequence
 max_steps = 2700
-align_share = 0.03  # the minute of the connector and the cross-attention, which are new
+align_share = 0.03  # for the connector and the cross-attention, which are new
 captions_per_photo = 2
 max_tokens = 32
-crop = 0.5  # this and the next five delay that the photos are memorised; the lab notebook has trials of most
+crop = 0.5  # this and the next five delay memorising; the lab notebook has trials of most
 jitter = 0.2
 mirror = True
 word_dropout = 0.1

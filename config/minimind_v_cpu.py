@@ -1,9 +1,9 @@
-"""Drawn shapes with the parts of MiniMind-V, on two CPU cores: two minutes of training, no download."""
+"""Drawn shapes with the parts of MiniMind-V, on two CPU cores."""
 out_dir = "out/minimind_v_cpu"
 fusion = "prefix"  # image tokens stand before the words
 connector = "mlp"
 gpt_norm = "rms"
-gpt_activation = "swiglu"  # positions are rotary in any case
+gpt_activation = "swiglu"
 n_experts = 4  # mixture of experts
 experts_per_token = 2
 max_steps = 400

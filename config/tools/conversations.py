@@ -20,7 +20,7 @@ ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}  # ours: 
 
 def numbered_lines(file):
     """Yield ("<file>, line <n>", text) for each line of a file in UTF-8 that is not empty."""
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         where = f"{file}, line {number}"
         try:
             text = line.decode("utf-8-sig")
@@ -57,8 +57,7 @@ def read_sample(line, where):
     assert isinstance(sample, dict) and isinstance(sample.get("conversations"), list), (
         f'{where}: it has no "conversations", a list of turns {{"role": ..., "content": ...}}'
     )
-    turns = sample["conversations"]
-    messages = [read_message(turn, i, where) for i, turn in enumerate(turns, start=1)]
+    messages = [read_message(turn, i, where) for i, turn in enumerate(sample["conversations"], 1)]
     assert messages and len(messages) % 2 == 0, (
         f"{where}: the last turn is not an answer of the assistant"
     )
@@ -112,13 +111,12 @@ def split_by_image(samples):
 
     def root(node):
         while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]  # halves the path for the next time
             node = parent[node]
         return node
 
     for i, sample in enumerate(samples):
         for name in sample["images"]:
-            parent[root(name)] = root(i)
+            parent[root(i)] = root(name)
     groups = {}
     for i, sample in enumerate(samples):
         groups.setdefault(root(i), []).append(sample)

@@ -45,14 +45,14 @@ def best_layout(width, height, max_tiles):
     """Return the index in LAYOUTS of the grid of square tiles for an image.
 
     width, height: of the image, in tiles. Of the grids of at most max_tiles, the one on which the
-    image is reduced least; of several the one that is padded least, and then the smallest.
+    image is reduced least; of several the one that is padded least, and then the first.
     """
 
     def cost(i):
         rows, columns = LAYOUTS[i]
         scale = min(columns / width, rows / height)  # the image then fits
         padding = rows * columns - scale**2 * width * height
-        return max(0.0, 1 - scale), round(padding, 6), rows * columns
+        return max(0.0, 1 - scale), round(padding, 6)
 
     allowed = [i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles]
     return min(allowed, key=cost)
@@ -166,8 +166,7 @@ def find_files(where):
         file.name = path.name
         return [file]
     if "," in where and not path.exists():
-        parts = re.split(r"\s*,\s*", where)
-        return [file for part in parts for file in find_files(part)]
+        return [file for part in where.split(",") for file in find_files(part.strip())]
     if where and path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_ENDINGS]
         assert files, f"{where}: a folder without images ({', '.join(IMAGE_ENDINGS)})"
@@ -216,15 +215,11 @@ def shift_and_mirror(images, shift, mirrored):
     mirrored: (B,) booleans, which images to mirror. Draws from torch's global generator.
     """
     B, _, H, W = images.shape
-    device = images.device
     padded = F.pad(images, [shift] * 4)
-    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=device)
-    rows = top + torch.arange(H, device=device)  # (B, H)
-    columns = left + torch.arange(W, device=device)  # (B, W)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    image = torch.arange(B, device=device)[:, None, None]
-    shifted = padded[image, :, rows[:, :, None], columns[:, None]]  # (B, H, W, 3)
-    return shifted.permute(0, 3, 1, 2)  # (B, 3, H, W)
+    parts = padded.unfold(2, H, 1).unfold(3, W, 1)  # a view (B, 3, n, n, H, W), n = 2 * shift + 1
+    top, left = torch.randint(2 * shift + 1, (2, B), device=images.device)
+    shifted = parts[torch.arange(B), :, top, left]  # (B, 3, H, W)
+    return torch.where(mirrored[:, None, None, None], shifted.flip(3), shifted)
 
 
 def draw_parts(n, crop):
@@ -241,15 +236,16 @@ def draw_parts(n, crop):
 
 
 def augment_photos(images, captions, crop, jitter, mirror, size=0):
-    """Return (B, 3, H, W) photos, augmented, as floats (B, 3, size, size).
+    """Return square (B, 3, W, W) photos, augmented, as floats (B, 3, size, size).
 
     captions: a list of captions per photo. Draws from torch's global generator.
     crop: a random part with crop to 1 times the area is seen.
     jitter: brightness, contrast and saturation change by factors from 1 - jitter to 1 + jitter.
     mirror: half of the photos are mirrored, but none with a caption that says left or right.
-    size: of the results, in pixels; 0 keeps H and W.
+    size: of the results, in pixels; 0 keeps W.
     """
-    B, _, *shape = images.shape
+    B, _, _, W = images.shape
+    size = size or W
     images = images.float()
     may_mirror = [
         mirror and not re.search(r"\b(left|right)\b", " ".join(texts)) for texts in captions
@@ -257,13 +253,13 @@ def augment_photos(images, captions, crop, jitter, mirror, size=0):
     mirrored = (torch.rand(B) < 0.5) & torch.tensor(may_mirror).bool()
     maps = draw_parts(B, crop)
     maps[mirrored, 0, 0] *= -1
-    gains = 1 + jitter * (2 * torch.rand(3, B, 1, 1, 1, device=images.device) - 1)
-    new_shape = [size, size] if size else shape
-    if B and (crop < 1 or mirrored.any() or new_shape != shape):
-        where = F.affine_grid(maps.to(images.device), (B, 3, *new_shape), align_corners=False)
+    brightness, contrast, saturation = 1 + jitter * (
+        2 * torch.rand(3, B, 1, 1, 1, device=images.device) - 1
+    )
+    if B and (crop < 1 or mirrored.any() or size != W):
+        where = F.affine_grid(maps.to(images.device), (B, 3, size, size), align_corners=False)
         images = F.grid_sample(images, where, padding_mode="border", align_corners=False)
     if jitter:
-        brightness, contrast, saturation = gains
         images = images * brightness
         images = images.mean(dim=(1, 2, 3), keepdim=True).lerp(images, contrast)
         images = images.mean(dim=1, keepdim=True).lerp(images, saturation).clamp(0, 255)
@@ -332,7 +328,7 @@ def download(path, urls, md5=None):
         else:
             is_whole = path.suffix != ".zip" or zipfile.is_zipfile(partial)
         if is_whole:
-            os.replace(partial, path)
+            partial.replace(path)
             return path
         partial.unlink()
         problem = f"{url} has a different file"
@@ -446,6 +442,6 @@ def word_shares(captions, tokenizer):
     for i, photo_captions in enumerate(captions):
         for caption in photo_captions:
             counts[i, list(set(tokenizer.encode(caption)))] += 1
-    n_photos = (counts > 0).sum(dim=0).clamp(min=1)
+    n_photos = (counts > 0).sum(dim=0)  # 0 of a word in no photo, whose rarity does not matter
     rarity = (len(captions) / n_photos).log().clamp(max=5)
     return F.normalize(counts * rarity, p=1, dim=1)

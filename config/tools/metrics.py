@@ -46,8 +46,8 @@ def words_of(text):
 def words_of_all(candidates, references):
     """Return n str and n lists of str as n word lists and n lists of word lists."""
     assert all(references), "every caption needs at least one reference"
-    references = [[words_of(ref) for ref in refs] for refs in references]
-    return [words_of(candidate) for candidate in candidates], references
+    references = [list(map(words_of, refs)) for refs in references]
+    return list(map(words_of, candidates)), references
 
 
 def count_ngrams(words, n):
@@ -113,38 +113,33 @@ class CiderD:
         counts, n_images = df or document_frequencies(references)
         self.max_idf = math.log(n_images)  # of an n-gram that no reference contains
         self.idf = {ngram: self.max_idf - math.log(count) for ngram, count in counts.items()}
-        self.references = [[self.vectors(ref) for ref in refs] for refs in references]
+        self.references = [list(map(self.vectors, refs)) for refs in references]
 
     def vectors(self, words):
-        """Return the tf-idf vectors {n-gram: count * idf}, n = 1 to 4, their norms, and the length.
-
-        The length is in bigrams, as in the reference implementation.
-        """
+        """Return the tf-idf vectors {n-gram: count * idf} with their norms, n = 1 to 4, and the
+        number of words."""
         vectors = []
         for n in range(1, 5):
             vector = count_ngrams(words, n)
             for ngram in vector:
                 vector[ngram] *= self.idf.get(ngram, self.max_idf)
-            vectors.append(vector)
-        norms = [math.hypot(*vector.values()) or 1.0 for vector in vectors]
-        return vectors, norms, max(0, len(words) - 1)
+            vectors.append((vector, math.hypot(*vector.values()) or 1.0))
+        return vectors, len(words)
 
-    def score(self, caption, references):
+    def score(self, words, references):
         """Return 10 times the similarity of a caption to its references, averaged over them and n.
 
         The similarity is the cosine of the tf-idf vectors, the caption's clipped to the
         reference's, times a Gaussian penalty on the difference in length (section 5 of the paper).
-        caption: a result of vectors(); references: a list of them.
+        references: a list of results of vectors().
         """
-        vectors, norms, length = caption
+        vectors, length = self.vectors(words)
         total = 0.0
-        for ref_vectors, ref_norms, ref_length in references:
+        for ref_vectors, ref_length in references:
             penalty = math.exp(-((length - ref_length) ** 2) / (2 * self.sigma**2))
-            for vector, norm, ref_vector, ref_norm in zip(vectors, norms, ref_vectors, ref_norms):
-                shared = [ngram for ngram in vector if ngram in ref_vector]
-                if not shared:
-                    break  # nor do they share a longer n-gram
-                product = sum(min(vector[g], ref_vector[g]) * ref_vector[g] for g in shared)
+            for (vector, norm), (ref_vector, ref_norm) in zip(vectors, ref_vectors):
+                clipped = vector & ref_vector  # the smaller value of each shared n-gram
+                product = sum(value * ref_vector[ngram] for ngram, value in clipped.items())
                 total += penalty * product / (norm * ref_norm)
         return 10.0 * total / (4 * len(references))
 
@@ -152,7 +147,7 @@ class CiderD:
         """Return the (n,) scores, from 0 to 10, of n word lists about these n images (indices)."""
         return np.array(
             [
-                self.score(self.vectors(words), self.references[image])
+                self.score(words, self.references[image])
                 for words, image in zip(captions, images, strict=True)
             ]
         )
@@ -195,10 +190,12 @@ def caption_scores(captions, ended, references):
     scores = {"cider": shifted[0]}
     for order, value in enumerate(bleu_of_words(words, references), 1):
         scores[f"bleu{order}"] = 100 * value
-    scores["shuffled"] = fmean(shifted[1:] or [0.0])
-    scores["length"] = fmean(map(len, words))
-    scores["broken"] = 100 * fmean(map(ends_badly, words, ended))
-    scores["distinct"] = 100 * len(set(captions)) / n
+    scores |= {
+        "shuffled": fmean(shifted[1:] or [0.0]),
+        "length": fmean(map(len, words)),
+        "broken": 100 * fmean(map(ends_badly, words, ended)),
+        "distinct": 100 * len(set(captions)) / n,
+    }
     others = [refs[1:] for refs in references]
     if all(others):
         scores["cider_others"] = 100 * fmean(CiderD(others).scores(words, range(n)))
@@ -219,7 +216,7 @@ class LanguageJudge:
         self.gpt.load_state_dict(checkpoint["model"])
 
     @torch.no_grad()
-    def nats(self, captions, batch_size=250):
+    def nats(self, captions):
         """Return (n, T): minus the log-probability of each token of n captions, in nats.
 
         The end token is the last that counts; after it there are zeros. A caption that is longer
@@ -229,10 +226,11 @@ class LanguageJudge:
         pad_id = self.tokenizer.pad_id
         ids = ids[:, (ids != pad_id).any(dim=0)]  # (n, T + 1), without columns of padding alone
         nats = []
-        for batch in ids.split(batch_size):
+        for batch in ids.split(250):
             logits, _ = self.gpt(batch[:, :-1])  # (B, T, vocab_size)
-            logits = logits.transpose(1, 2)  # (B, vocab_size, T)
-            loss = F.cross_entropy(logits, batch[:, 1:], ignore_index=pad_id, reduction="none")
+            loss = F.cross_entropy(
+                logits.transpose(1, 2), batch[:, 1:], ignore_index=pad_id, reduction="none"
+            )  # (B, T)
             nats.append(loss)
         return torch.cat(nats).cpu()
 

@@ -3,7 +3,6 @@
 import csv
 import math
 import textwrap
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -19,16 +18,14 @@ LABELS = {
     "val_cider": "validation CIDEr",
     "val_right": "validation, answers right (%)",
     "reward": "reward of samples",
-    "greedy": "reward of greedy captions of 200 training photos",
 }
 
 
 def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
     """Draw columns of out_dir/log.csv over the training step into out_dir/loss.png.
 
-    The columns in right have an axis of their own. A column without values is left out.
+    out_dir: a Path. The columns in right have an axis of their own. A column without values is left out.
     """
-    out_dir = Path(out_dir)
     with open(out_dir / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -49,8 +46,7 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
 
 def printable(text):
     """Replace characters that the font of the pictures lacks by question marks."""
-    font_file = font_manager.findfont("DejaVu Sans")
-    font = font_manager.get_font(font_file)
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
 
 
@@ -70,7 +66,7 @@ def save_grid(path, images, titles, columns=4):
     aspect = max(image.size(2) / image.size(1) for image in images)
     wide = max(1.5, min(3 * aspect, 9))  # all lengths are in inches
     high = min(2.6, 0.87 * wide / aspect)
-    columns = max(1, min(len(images), int(3 * columns / wide)))
+    columns = min(len(images), int(3 * columns / wide))
     rows = math.ceil(len(images) / columns)
     wrapper = textwrap.TextWrapper(int(11.34 * wide))  # characters per line
     texts = ["\n".join(map(wrapper.fill, printable(title).splitlines())) for title in titles]
@@ -81,12 +77,10 @@ def save_grid(path, images, titles, columns=4):
         axis = figure.add_subplot(rows, columns, i + 1)
         axis.axis("off")
         axis.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")  # (H, W, 3)
-        axis.text(
-            0.5,
-            -0.03,
+        axis.set_title(
             text,
-            transform=axis.transAxes,
-            ha="center",
+            y=-0.03,  # below the image
+            pad=0,
             va="top",
             fontsize=9,
             parse_math=False,  # a caption may contain a $
@@ -100,12 +94,10 @@ def save_grid(path, images, titles, columns=4):
 def fade(photos, weights):
     """Return (n, k, 3, size, size) uint8: k photos (k, 3, size, size), n times, faded to white
     where the weights of their parts, (n, k, side * side), are small."""
-    n, k, n_parts = weights.shape
-    side = math.isqrt(n_parts)
+    side = math.isqrt(weights.size(2))
     light = weights / weights.amax(dim=(1, 2), keepdim=True)
-    light = F.interpolate(light.view(n, k, side, side), photos.shape[-2:], mode="bicubic").clamp(
-        0, 1
-    )
+    light = light.unflatten(2, (side, side))  # (n, k, side, side)
+    light = F.interpolate(light, photos.shape[-2:], mode="bicubic").clamp(0, 1)
     light = 0.2 + 0.8 * light.unsqueeze(2)  # (n, k, 1, size, size)
     return (255 - light * (255.0 - photos)).byte()
 

@@ -6,6 +6,7 @@ is downloaded once into data/pretrained/. GPT-2's vocab.json and merges.txt are 
 
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from config.tools.data import download
 from config.tools.run import fail, load, n_processes
@@ -56,8 +56,8 @@ CLIP_LAYERS = {
     "ff.up": "mlp.fc1",
     "ff.proj": "mlp.fc2",
 }
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels from 0 to 1
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (122.7709383, 116.7460125, 104.09373615)  # of pixels from 0 to 255
+CLIP_STD = (68.5005327, 66.6321579, 70.32316305)
 
 
 # GPT-2's tokenizer --------------------------------------------------------------------------------
@@ -86,7 +86,8 @@ class GPT2Tokenizer(BPETokenizer):
     our pad, bos and eos.
     """
 
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    # ! to ~, ¡ to ¬, ® to ÿ
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     ordered_bytes = printable + sorted(set(range(256)) - set(printable))
     byte_ids = list(map(ordered_bytes.index, range(256)))
     first_merge = 256
@@ -94,7 +95,7 @@ class GPT2Tokenizer(BPETokenizer):
     def __init__(self, merges):
         super().__init__(merges)
         self.bytes += [b""] * 4  # <|endoftext|> and ours
-        self.vocab_size = len(self.bytes)
+        self.vocab_size += 4
         self.pad_id, self.bos_id, self.eos_id = range(self.vocab_size - 3, self.vocab_size)
         self.pieces = gpt2_pieces()
 
@@ -112,7 +113,7 @@ def gpt2_tokenizer(where):
     have the first ids.
     """
     folder = weights_file(where).parent
-    ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+    ids = json.loads((folder / "vocab.json").read_bytes())
     lines = (folder / "merges.txt").read_text("utf-8").split("\n")
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     for i, (left, right) in enumerate(pairs):
@@ -127,10 +128,7 @@ def gpt2_tokenizer(where):
 
 def is_pretrained(where):
     """Return whether where is in the hub's layout, and not a checkpoint of this project."""
-    if not where:
-        return False
-    path = Path(where)
-    return where in HUB or path.is_dir() or path.suffix in (".safetensors", ".bin")
+    return where in HUB or os.path.isdir(where) or where.endswith((".safetensors", ".bin"))
 
 
 def weights_file(where):
@@ -160,20 +158,19 @@ def read_safetensors(path):
     shape and place of each tensor, and the bytes of the tensors.
     """
     data = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: torch wants it writable
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    start = 8 + int.from_bytes(data[:8], "little")
     assert start <= len(data), "the file ends before its header does"
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
     body = data[start:]
     tensors = {}
     for name, entry in header.items():
-        dtype = DTYPES[entry["dtype"]]
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
-        n_bytes = math.prod(shape) * dtype.itemsize
-        fits = 0 <= begin <= end <= len(body) and end - begin == n_bytes
-        assert fits, f"{name} of shape {shape} is not bytes {begin} to {end} of {len(body)}"
-        tensors[name] = torch.from_numpy(body[begin:end]).view(dtype).view(shape)
+        assert end <= len(body), (
+            f"{name} of shape {shape} is not bytes {begin} to {end} of {len(body)}"
+        )
+        tensors[name] = torch.from_numpy(body[begin:end]).view(DTYPES[entry["dtype"]]).view(shape)
     return tensors
 
 
@@ -198,7 +195,7 @@ def read_weights(path):
 
 def gelu_tanh(x):
     """GPT-2's approximation of GELU."""
-    return F.gelu(x, approximate="tanh")
+    return nn.functional.gelu(x, approximate="tanh")
 
 
 def quick_gelu(x):
@@ -215,29 +212,35 @@ def weight_and_bias(new, old):
     return {f"{new}.{kind}": f"{old}.{kind}" for kind in ("weight", "bias")}
 
 
-def take(weights, names, path):
-    """Return the weights under our names, in float32. names: {our name: name in the file}."""
+def take(path, prefix, names, layers, blocks, old_blocks):
+    """Return the weights of a file under our names, in float32, and the number of blocks.
+
+    prefix: removed from the names in the file that begin with it. names: {our name: name in the
+    file} of the weights outside the blocks; layers: the same of the layers in a block, without
+    weight and bias. blocks, old_blocks: where the blocks are, in our names and in the file's.
+    """
+    weights = {name.removeprefix(prefix): w for name, w in read_weights(path).items()}
+    n_layer = 0
+    while f"{old_blocks}.{n_layer}.{layers['norm1']}.weight" in weights:
+        for new, old in layers.items():
+            names |= weight_and_bias(f"{blocks}.{n_layer}.{new}", f"{old_blocks}.{n_layer}.{old}")
+        n_layer += 1
     for old in names.values():
         assert old in weights, f"{path} lacks {old}; is it of another architecture?"
-    return {new: weights[old].float() for new, old in names.items()}
+    return {new: weights[old].float() for new, old in names.items()}, n_layer
 
 
 def load_gpt2(where):
-    """Return GPT-2 as a checkpoint of gpt.py: config, model, tokenizer, step.
+    """Return GPT-2 as a checkpoint of gpt.py: config, model, tokenizer.
 
     The embeddings of our three special ids are new: the mean of all others, and noise. Heads have
     64 channels, as in all of OpenAI's models.
     """
     path = weights_file(where)
     tokenizer = gpt2_tokenizer(where)
-    weights = {name.removeprefix("transformer."): w for name, w in read_weights(path).items()}
     names = {"embedding.weight": "wte.weight", "position.positions": "wpe.weight"}
     names |= weight_and_bias("decoder.norm", "ln_f")
-    n_layer = sum(name.endswith("ln_1.weight") for name in weights)
-    for i in range(n_layer):
-        for new, old in GPT2_LAYERS.items():
-            names |= weight_and_bias(f"decoder.blocks.{i}.{new}", f"h.{i}.{old}")
-    model = take(weights, names, path)
+    model, n_layer = take(path, "transformer.", names, GPT2_LAYERS, "decoder.blocks", "h")
     for name, w in model.items():
         if "blocks" in name and w.dim() == 2:
             model[name] = w.T  # GPT-2's linear layers multiply from the other side
@@ -259,31 +262,25 @@ def load_gpt2(where):
         "positions": "learned",
         "bias": True,
     }
-    return {"config": config, "model": model, "tokenizer": tokenizer.state(), "step": 0}
+    return {"config": config, "model": model, "tokenizer": tokenizer.state()}
 
 
 def load_clip_vit(where):
-    """Return the vision tower of OpenAI's CLIP as a checkpoint of vit.py: config, model, step.
+    """Return the vision tower of OpenAI's CLIP as a checkpoint of vit.py: config, model.
 
     Its features are the patches after the last block; CLIP's norm after it is for the class token
     alone.
     """
     path = weights_file(where)
-    weights = {}
-    for name, w in read_weights(path).items():
-        if "text_model." not in name:
-            weights[name.removeprefix("vision_model.")] = w
     names = {
         "patches.stem.weight": "embeddings.patch_embedding.weight",
         "class_token": "embeddings.class_embedding",
         "position.positions": "embeddings.position_embedding.weight",
     }
     names |= weight_and_bias("pre_norm", "pre_layrnorm")
-    n_layer = sum(name.endswith("layer_norm1.weight") for name in weights)
-    for i in range(n_layer):
-        for new, old in CLIP_LAYERS.items():
-            names |= weight_and_bias(f"encoder.blocks.{i}.{new}", f"encoder.layers.{i}.{old}")
-    model = take(weights, names, path)
+    model, n_layer = take(
+        path, "vision_model.", names, CLIP_LAYERS, "encoder.blocks", "encoder.layers"
+    )
     n_embd, _, patch_size, _ = model["patches.stem.weight"].shape
     assert n_embd % 64 == 0 and n_embd <= 1024, (  # OpenCLIP's ViT-H has other heads and plain GELU
         f"{path} has {n_embd} channels: it is neither OpenAI's CLIP ViT-B nor L"
@@ -296,10 +293,8 @@ def load_clip_vit(where):
     model["class_token"] = (model["class_token"] + positions[0]).view(1, 1, -1)
     model["position.positions"] = positions[1:]
     model["patches.stem.bias"] = torch.zeros(n_embd)
-    mean = [255 * value for value in CLIP_MEAN]
-    std = [255 * value for value in CLIP_STD]
-    model["pixel_mean"] = torch.tensor(mean).view(1, 3, 1, 1)
-    model["pixel_std"] = torch.tensor(std).view(1, 3, 1, 1)
+    model["pixel_mean"] = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
+    model["pixel_std"] = torch.tensor(CLIP_STD).view(1, 3, 1, 1)
     config = {
         "image_size": patch_size * math.isqrt(len(positions) - 1),
         "patch_size": patch_size,
@@ -309,10 +304,10 @@ def load_clip_vit(where):
         "activation": "quick_gelu",
         "stem": "patch",
         "kind": "clip",
-        "pixel_mean": mean,
-        "pixel_std": std,
+        "pixel_mean": CLIP_MEAN,
+        "pixel_std": CLIP_STD,
     }
-    return {"config": config, "model": model, "step": 0}
+    return {"config": config, "model": model}
 
 
 class CLIPViT(ViT):

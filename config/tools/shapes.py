@@ -59,10 +59,8 @@ class Thing(NamedTuple):
     shape: str
     place: str
 
-    def words(self):
+    def __str__(self):
         return f"{self.size} {self.colour} {self.shape}"
-
-    __str__ = words  # for f-strings and WORDINGS
 
 
 class Look(NamedTuple):
@@ -175,7 +173,7 @@ def draw(looks, background_colour, size, sides=(1, 1)):
     pen = ImageDraw.Draw(image)
     for look in looks:
         draw_look(pen, look, sides, 4 * size)
-    return np.asarray(image.resize(width_height, Image.Resampling.BOX)).transpose(2, 0, 1)
+    return np.asarray(image.resize(width_height, Image.BOX)).transpose(2, 0, 1)
 
 
 def draw_scene(things, size, rng):
