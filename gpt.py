@@ -28,9 +28,7 @@ out_dir = "out/shakespeare"  # checkpoints, log and samples
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates; captions have a "test" split too
-context = (
-    0  # with eval_only and prompt: tokens that the model reads at once; 0: as many as in training
-)
+context = 0  # with eval_only and prompt: tokens that are read at once; 0: as in training
 yarn = 1.0  # with context: context over block_size of the training, the factor of YaRN
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
@@ -208,12 +206,12 @@ def main(argv=None):
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 val = evaluate(model, val_ids, batch_size)
-                samples[step] = write_text(model, tokenizer, beginning)
                 run.log(
                     out,
                     row | {"val": val, "minutes": seconds / 60},
                     ("train", "val", "lr", "ms_per_step", "minutes"),
                 )
+                samples[step] = write_text(model, tokenizer, beginning)
                 is_best, best = val < best, min(val, best)
                 checkpoint = run.checkpoint(
                     "gpt",

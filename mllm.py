@@ -60,9 +60,7 @@ dtype = "auto"  # bfloat16 where the hardware has instructions for it, else floa
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 dataset = "shapes"  # or questions or wide, also drawn; or a folder under data/, such as flickr8k
-n_drawn = (
-    10000  # images, or groups of them, to draw; up to 500 are for validation, and as many for test
-)
+n_drawn = 10000  # images, or groups of them, to draw; up to 500 each for val and test
 image_size = 48  # pixels a side that the model sees
 max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles; needs fusion=cross
 train_size = 0  # pixels a side of a training photo: things look larger in crops; 0: image_size
@@ -95,9 +93,7 @@ n_experts = 0  # feed-forward layers in each of its blocks, a mixture of experts
 experts_per_token = 2  # how many of them a token passes through
 dropout = 0.0  # in the ViT and the GPT
 patch_dropout = 0.0  # share of the patches that are left out in training; needs fusion=cross
-label_smoothing = (
-    0.0  # share of the target that is spread over all words, in the training loss alone
-)
+label_smoothing = 0.0  # share of the target that is spread over all words, in training
 # optimization
 align_share = 0.0  # part of the run for the phase align
 train_vit = True  # the phase sft trains the ViT too

@@ -1012,6 +1012,7 @@ class MLLMConfig:
     def n_placeholders(self, image_size):
         """Return how many ids represent an image: one per image token, or a single marker with
         cross-attention."""
+        assert self.connector in CONNECTORS, f"connector={self.connector}: {', '.join(CONNECTORS)}"
         side = image_size // self.vit.patch_size
         return 1 if self.gpt.cross_every else CONNECTORS[self.connector].n_tokens(side)
 
@@ -1037,7 +1038,6 @@ class MLLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        assert c.connector in CONNECTORS, f"connector={c.connector}: {', '.join(CONNECTORS)}"
         assert (
             not c.vit.patch_dropout or c.gpt.cross_every and not CONNECTORS[c.connector].needs_grid
         ), "patch_dropout needs fusion=cross and a connector that does not need all patches"

@@ -70,14 +70,10 @@ num_captions = 1  # with image: captions of each
 cider_weight = 1.0  # CIDEr-D (0 to 10); alone, as in the paper
 bleu_weight = 0.0  # BLEU-4 of a sentence (0 to 1), smoothed by one from n = 2 on
 exact_weight = 0.0  # whether the answer is right, word for word (0 or 1)
-max_surprise = (
-    0.0  # a sample with a token of more nats for the GPT of stage 2 earns nothing; 0: no limit
-)
+max_surprise = 0.0  # a token of more nats for the GPT of stage 2 makes a sample worth 0; 0: off
 # sampling
 baseline = "greedy"  # as in the paper; or leave_one_out
-max_sample_tokens = (
-    0  # longer samples end there, without an end token; 0: as long as fits the context
-)
+max_sample_tokens = 0  # longer samples end there, without an end token; 0: no limit
 sample_temperature = 1.0  # below 1 samples are more like the greedy caption
 samples = 2  # captions sampled per photo, or answers per question; leave_one_out needs 2
 batch_size = 32  # photos, or questions, per step, over all processes
@@ -184,14 +180,15 @@ def get_batch(prompts, step):
     shuffled, then sorted by length, so that most prompts of a batch are equally long and can be
     answered together."""
     n = min(batch_size, len(prompts))
-    epoch, position = divmod(step, len(prompts) // n)
+    n_batches = len(prompts) // n
+    epoch, position = divmod(step, n_batches)
     draw = run.shared_generator(seed, epoch)
-    order = torch.randperm(len(prompts), generator=draw)
+    order = torch.randperm(len(prompts), generator=draw)[: n_batches * n]
     lengths = torch.tensor(
         [len(prompt["ids"]) + 1_000_000 * len(prompt["images"]) for prompt in prompts]
     )
     batches = order[lengths[order].argsort(stable=True)].split(n)
-    return batches[torch.randperm(len(prompts) // n, generator=draw)[position]]
+    return batches[torch.randperm(n_batches, generator=draw)[position]]
 
 
 @torch.no_grad()
@@ -280,8 +277,9 @@ def main(argv=None):
         return mllm.use("scst", out / "scst.pt", settings)
     assert baseline in ("greedy", "leave_one_out"), f"baseline={baseline}: greedy or leave_one_out"
     assert baseline == "greedy" or samples > 1, "baseline=leave_one_out needs samples of at least 2"
+    sft_path = find_sft() if init_from == "sft" else None  # before a new run renames checkpoints
     resumed = run.start("scst", settings)
-    sft_path = Path(resumed["sft"]) if resumed else find_sft()
+    sft_path = sft_path or Path(resumed["sft"])
     model, sft = mllm.load_captioner(sft_path, "mllm", device, dtype)
     data = mllm.load_data(model, sft)
     dev = run.device_of(model)

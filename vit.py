@@ -42,17 +42,13 @@ init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/best.pt and stop
 eval_split = "val"  # what eval_only evaluates: train, val or test
 image = ""  # classify this file, folder or URL and stop
-texts = (
-    "a dog, a child, people, a bicycle, snow, a street"  # CLIP chooses among these for the image
-)
+texts = "a dog, people, a bicycle, snow, a street"  # CLIP chooses among these for the image
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: weights, batches, augmentation, dropout
 # data
 task = "classify"  # learn the classes of CIFAR-10; or clip: match photos with their captions
-dataset = (
-    "cifar10"  # for clip the folder under data/ that prepare_flickr8k.py wrote, such as flickr8k
-)
+dataset = "cifar10"  # for clip a folder under data/ of prepare_flickr8k.py, such as flickr8k
 batch_size = 256  # images per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 image_size = 64  # CIFAR's 32 pixels doubled: the stem halves them at once
@@ -60,14 +56,10 @@ first_size = 32  # images grow from this size: a quarter of the patches take a t
 train_size = 0  # clip: they grow to this size; things look larger in crops; 0: image_size
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
 crop = 0.5  # clip: smallest share of its area that is seen of a training photo
-jitter = (
-    0.3  # clip: brightness, contrast and saturation of a training photo change by up to this factor
-)
+jitter = 0.3  # clip: brightness, contrast and saturation change by up to this factor
 max_tokens = 32  # clip: longest caption
 # model
-vit_ckpt = (
-    ""  # clip: checkpoint of a classifier, whose ViT it starts from; empty: from random weights
-)
+vit_ckpt = ""  # clip: the classifier whose ViT it starts from; empty: random weights
 patch_size = 8  # of the doubled pixels: 8x8 tokens per image
 n_layer = 6  # blocks
 n_head = 6  # attention heads per block
@@ -78,9 +70,7 @@ activation = "gelu"  # relu, gelu or swiglu
 norm = "layer"  # or rms
 stem = "residual"  # convolutions; or patch: one linear layer as in the ViT paper, for more data
 label_smoothing = 0.1  # share of CIFAR-10's target that is spread over all classes
-words_weight = (
-    1.0  # clip: in the loss, of predicting the words of a photo's captions; 0: matching alone
-)
+words_weight = 1.0  # clip: of predicting the words of a photo's captions; 0: matching alone
 # optimization
 max_steps = 20000  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all

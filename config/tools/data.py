@@ -45,7 +45,8 @@ def best_layout(width, height, max_tiles):
     """Return the index in LAYOUTS of the grid of square tiles for an image.
 
     width, height: of the image, in tiles. Of the grids of at most max_tiles, the one on which the
-    image is reduced least; of several the one that is padded least, and then the first.
+    image is reduced least; of several the one that is padded least, and then the smallest, which
+    LAYOUTS lists first.
     """
 
     def cost(i):
@@ -215,11 +216,15 @@ def shift_and_mirror(images, shift, mirrored):
     mirrored: (B,) booleans, which images to mirror. Draws from torch's global generator.
     """
     B, _, H, W = images.shape
+    device = images.device
     padded = F.pad(images, [shift] * 4)
-    parts = padded.unfold(2, H, 1).unfold(3, W, 1)  # a view (B, 3, n, n, H, W), n = 2 * shift + 1
-    top, left = torch.randint(2 * shift + 1, (2, B), device=images.device)
-    shifted = parts[torch.arange(B), :, top, left]  # (B, 3, H, W)
-    return torch.where(mirrored[:, None, None, None], shifted.flip(3), shifted)
+    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=device)
+    rows = top + torch.arange(H, device=device)  # (B, H)
+    columns = left + torch.arange(W, device=device)  # (B, W)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    image = torch.arange(B, device=device)[:, None, None]
+    shifted = padded[image, :, rows[:, :, None], columns[:, None]]  # (B, H, W, 3)
+    return shifted.permute(0, 3, 1, 2)  # (B, 3, H, W)
 
 
 def draw_parts(n, crop):
@@ -364,9 +369,9 @@ def load_data(path, prepare_with):
 
 
 def prepare_command(dataset):
-    """Return the command that makes the folder data/<dataset> of photos and captions."""
-    if dataset == "flickr8k":
-        return "python prepare_flickr8k.py"
+    """Return the command that makes the folder data/<dataset>."""
+    if dataset in ("shakespeare", "flickr8k"):
+        return f"python prepare_{dataset}.py"
     return f"python prepare_flickr8k.py --source=DIR --out_dir=data/{dataset}"
 
 

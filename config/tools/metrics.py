@@ -138,8 +138,11 @@ class CiderD:
         for ref_vectors, ref_length in references:
             penalty = math.exp(-((length - ref_length) ** 2) / (2 * self.sigma**2))
             for (vector, norm), (ref_vector, ref_norm) in zip(vectors, ref_vectors):
-                clipped = vector & ref_vector  # the smaller value of each shared n-gram
-                product = sum(value * ref_vector[ngram] for ngram, value in clipped.items())
+                product = sum(
+                    min(value, ref_vector[ngram]) * ref_vector[ngram]
+                    for ngram, value in vector.items()
+                    if ngram in ref_vector
+                )
                 total += penalty * product / (norm * ref_norm)
         return 10.0 * total / (4 * len(references))
 

@@ -24,7 +24,8 @@ LABELS = {
 def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
     """Draw columns of out_dir/log.csv over the training step into out_dir/loss.png.
 
-    out_dir: a Path. The columns in right have an axis of their own. A column without values is left out.
+    out_dir: a Path. The columns in right have an axis of their own. A column without values is left
+    out.
     """
     with open(out_dir / "log.csv", newline="") as f:
         rows = list(csv.DictReader(f))
