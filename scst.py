@@ -41,7 +41,8 @@ import torch
 
 import config
 import mllm
-from config.tools import answers, run
+from config.tools import run
+from config.tools.answers import answer_mask, draw_answers
 from config.tools.data import augment_photos
 from config.tools.metrics import CiderD, LanguageJudge, bleu_of_words, words_of
 from config.tools.optim import lr_factor, make_optimizers, update
@@ -145,13 +146,6 @@ def advantages(rewards, greedy_rewards=None):
     K = rewards.size(1)
     mean_of_others = (rewards.sum(dim=1, keepdim=True) - rewards) / (K - 1)
     return rewards - mean_of_others
-
-
-def answer_mask(ids, eos_id):
-    """Return the (n, T) mask of the answers in written ids (n, T): True up to the end token, which
-    is included."""
-    is_end = (ids == eos_id).long()
-    return is_end.cumsum(dim=1) - is_end == 0
 
 
 def scst_loss(log_probs, advantage):
@@ -261,14 +255,6 @@ def find_sft():
     return newest
 
 
-def evaluate(model, data, split, judge):
-    """Return the scores of mllm.evaluate(), and those of the judge."""
-    scores, texts = mllm.evaluate(model, data, split)
-    if judge:
-        scores |= judge.scores(texts)
-    return scores, texts
-
-
 @run.one_line_errors
 def main(argv=None):
     settings = config.override(globals(), argv)
@@ -325,7 +311,9 @@ def main(argv=None):
                 row["reward"] = sum(mean_rewards) / len(mean_rewards)
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
-                scores, _ = evaluate(model, data, "val", judge)
+                scores, texts = mllm.evaluate(model, data, "val")
+                if judge:
+                    scores |= judge.scores(texts)
                 row |= {f"val_{name}": value for name, value in scores.items()} | {
                     "minutes": seconds / 60
                 }
@@ -403,7 +391,7 @@ def main(argv=None):
         row = {"step": max_steps} | {f"{when}_test_{name}": value for name, value in scores.items()}
         run.log(out, row, [name for name in row if "," not in name and name != "step"])
     titles = [f"before: {b}\nafter: {a}" for b, a in zip(*captions)]
-    answers.draw_answers(out / "before_after.png", data, test_prompts, titles)
+    draw_answers(out / "before_after.png", data, test_prompts, titles)
     print(
         f"best validation {metric} {best:.2f} after {seconds / 60:.1f} minutes of training; "
         f"wrote {out}/loss.png, before_after.png, scst.pt"

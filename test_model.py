@@ -446,8 +446,7 @@ def test_dropout_rate_and_scale():
     dropped = Dropout(0.25)(x)
     close(dropped.unique(), torch.tensor([0, 4 / 3]))
     assert abs(dropped.mean() - 1) < 0.002
-    assert Dropout(0.1).p == 26 / 256
-    assert Dropout(0.1)(x.bfloat16()).dtype == torch.bfloat16
+    assert Dropout(0.7).p == 179 / 256
 
 
 def test_each_dropout_acts_in_training_and_only_there():
@@ -559,8 +558,10 @@ def test_decoder_has_cross_attention_in_every_nth_block_behind_gates():
     assert not any("cross" in name for name in TransformerDecoder(2, 16, 2).state_dict())
     raises(AssertionError, "cross_every=3", TransformerDecoder, 2, 16, 2, "rms", 3)
     block = decoder.blocks[1]
-    init_weights(block)  # so that its other layers add nothing
+    init_weights(block)  # so that only the cross-attention adds something
+    assert abs(4 * block.cross_attn.proj.weight.std() - 1) < 0.1
     x = torch.randn(6, 5, 16)
+    close(block(x), x)
     memory = torch.randn(2, 7, 16)
     attended = block.cross_attn(block.cross_norm(x), memory.repeat_interleave(3, dim=0))
     for gate in (0.0, 0.5):
@@ -580,16 +581,20 @@ def test_decoder_output_does_not_depend_on_later_or_masked_positions():
 def test_initial_weights_keep_the_size_of_activations_and_blocks_add_nothing():
     gpt = tiny_gpt(vocab_size=500, n_embd=64, n_layer=8, positions="learned", bias=True)
     vit = tiny_vit(image_size=16, n_embd=64, n_head=8)
+    transformer = Transformer(500, n_embd=64)
+    assert abs(8 * transformer.embedding.weight.std() - 1) < 0.1
     small = ("embedding.weight", "position.positions", "head.weight")
-    for name, p in [*gpt.named_parameters(), *vit.named_parameters()]:
+    for name, p in itertools.chain(
+        gpt.named_parameters(),
+        vit.named_parameters(),
+        transformer.decoder.named_parameters(),
+    ):
         if name.endswith(("proj.weight", "bias")):
             assert not p.any(), name
         elif p.ndim > 1:
             gain = 2 if p.ndim == 4 else 1
             std = 0.02 if name in small else math.sqrt(gain / p[0].numel())
             assert abs(p.std() / std - 1) < 0.1, name
-    words = Transformer(500, n_embd=64).embedding.weight
-    assert abs(8 * words.std() - 1) < 0.1
 
 
 # 6. vision ----------------------------------------------------------------------------------------
@@ -869,8 +874,7 @@ def test_sample_next_follows_temperature_and_top_k():
     close(frequencies(top_k=2), best_two, 0.02)
     close(frequencies(top_k=9), p, 0.02)
     close(frequencies(top_p=0.7), best_two, 0.02)
-    logits = torch.randn(50, 20)
-    assert sample_next(logits, temperature=0).equal(logits.argmax(dim=-1))
+    assert frequencies(temperature=0)[0] == 1
 
 
 def test_sample_next_keeps_exactly_the_smallest_nucleus():
@@ -2050,7 +2054,7 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
         length = {"Content-Length": str(len(body))}
         sent = io.BytesIO(body[:140_000])
         urllib3 = data.requests.packages.urllib3
-        reply.raw = requests.packages.urllib3.HTTPResponse(sent, length, preload_content=False)
+        reply.raw = urllib3.HTTPResponse(sent, length, preload_content=False)
         return reply
 
     with (

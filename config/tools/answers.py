@@ -86,9 +86,7 @@ def answer_files(model, checkpoint, settings, encode):
                 n,
                 generator=generator,
             )
-            mask = (answers == tokenizer.eos_id).cumsum(dim=1) - (
-                answers == tokenizer.eos_id
-            ).long() == 0
+            mask = answer_mask(answers, tokenizer.eos_id)
             log_probs = model.log_probs(tokens, prompt, answers, mask).sum(dim=1).tolist()
             texts = [tokenizer.decode(row) for row in answers.tolist()]
             if photos and texts[0] and i < N_ATTENTION_PICTURES:
@@ -112,6 +110,13 @@ def answer_files(model, checkpoint, settings, encode):
         save_grid(out / "captioned.png", pictures, titles)
         print(f"wrote {out}/captioned.png")
     assert not broken, f"not images that Pillow can read: {', '.join(broken)}"
+
+
+def answer_mask(ids, eos_id):
+    """Return the (n, T) mask of the answers in written ids (n, T): True up to the end token, which
+    is included."""
+    is_end = (ids == eos_id).long()
+    return is_end.cumsum(dim=1) - is_end == 0
 
 
 @torch.no_grad()
@@ -272,8 +277,8 @@ def print_kinds(prompts, answers):
     """
     rows = {}
     for i, prompt in enumerate(prompts):
-        n_images = len(prompt["images"])
-        about = ("no image", "one image", "two images")[n_images] if n_images < 3 else "more images"
+        n_images = min(len(prompt["images"]), 3)
+        about = ("no image", "one image", "two images", "more images")[n_images]
         for name in (prompt["kind"], about, "all"):
             rows.setdefault(name, []).append(i)
     print(f"{'':<14}{'answers':>9}" + "".join(f"{column:>14}" for column in answers))
