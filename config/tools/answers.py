@@ -132,6 +132,7 @@ def chat(model, checkpoint, settings, encode):
     size = checkpoint.get("sft_settings", checkpoint["settings"])["image_size"]
     n_placeholders = model.config.n_placeholders(size)
     generator = torch.Generator(device).manual_seed(settings["seed"])
+    block_size = model.config.gpt.block_size
     messages = []
     print("ask; an empty line ends the chat")
     with evaluating(model), autocast(model):
@@ -146,14 +147,14 @@ def chat(model, checkpoint, settings, encode):
             first, *others = messages
             opening = user_message(first["content"], len(photos))
             ids, _ = encode(opening + others, tokenizer, n_placeholders)
-            if len(ids) + 1 > model.config.gpt.block_size - 8:
+            if len(ids) + 8 > block_size:  # bos, and a few tokens of the answer
                 print("(the context is full: what was said until here is forgotten)")
                 messages = []
                 continue
             prompt = torch.tensor([ids + [tokenizer.bos_id]], device=device)
             embedded = model.embed(tokens, prompt)
             written, shown = [], ""
-            n_left = model.config.gpt.block_size - prompt.size(1)
+            n_left = block_size - prompt.size(1)
             for token in model.gpt.stream(
                 prompt,
                 n_left,
