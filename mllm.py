@@ -28,7 +28,7 @@ import torch
 import config
 from config.tools import answers, run
 from config.tools.data import augment_photos, caption_samples, load_groups, to_images
-from config.tools.metrics import caption_scores
+from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
 from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_part
@@ -332,8 +332,8 @@ def in_batches(model, function, images, batch_size=250):
     the model."""
     device = run.device_of(model)
     with evaluating(model), run.autocast(model):
-        batches = [images[i : i + batch_size].to(device) for i in range(0, len(images), batch_size)]
-        return torch.cat([function(batch) for batch in batches])
+        starts = range(0, len(images), batch_size)
+        return torch.cat([function(images[i : i + batch_size].to(device)) for i in starts])
 
 
 def alike(prompts, batch_size=250):

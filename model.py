@@ -1268,7 +1268,7 @@ class CLIP(nn.Module):
         return self.embed_pooled(self.vit.pooled(images))
 
     def embed_texts(self, ids):
-        """(B, T) ids, padded with pad_id -> (B, n_shared) unit vectors"""
+        """(B, max_tokens) ids, padded with pad_id -> (B, n_shared) unit vectors"""
         mask = padding_mask(ids, self.config.pad_id)  # (B, 1, 1, T)
         x = self.encoder(self.drop(self.position(self.embedding(ids))), mask)
         is_token = mask[:, 0].transpose(1, 2)  # (B, T, 1)
@@ -1345,7 +1345,7 @@ def beam_search(gpt, embedded, max_new_tokens, beams, eos_id, length_penalty=1.0
             ended = ended.gather(1, beam) | (token == eos_id)
             kept = tokens.gather(1, beam[:, :, None].expand_as(tokens))
             tokens = torch.cat((kept, token[:, :, None]), dim=2)
-            if tokens.size(2) == max_new_tokens or ended.all():
+            if tokens.size(2) >= max_new_tokens or ended.all():
                 return tokens, scores
             for self_cache, _ in caches:  # all beams of a prompt share the memory
                 self_cache.select((first_row + beam).flatten())

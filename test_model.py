@@ -242,7 +242,6 @@ def test_gpt2_tokenizer_cuts_and_numbers_as_gpt2_does():
     tokenizer = pretrained.GPT2Tokenizer(merges)
     assert tokenizer.encode("!aé \n") == [0, 64, 127, 102, 220, 198]
     assert tokenizer.encode("hello a hell") == [259, 220, 64, 260]
-    assert tokenizer.pad_id == 262
     assert tokenizer.vocab_size == 265
     assert tokenizer.decode([*tokenizer.encode(CORPUS[2]), tokenizer.eos_id]) == CORPUS[2]
     pieces = "don|'t| DON|'|T| ½²|x|_|Ⅳ〇|一| \x1c|ée|\u0301|  | 3|.|14|\u3000\t\t".split("|")
@@ -287,7 +286,6 @@ def test_tokenizers_come_back_from_their_state_through_json():
 
 def test_masks_are_true_where_a_query_may_attend():
     mask = causal_mask(2, 4)
-    assert mask.dtype == torch.bool
     assert digits(mask) == "1110 1111"
     mask = padding_mask(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0)
     assert mask.shape == (2, 1, 1, 3)
@@ -369,7 +367,6 @@ def test_multi_head_attention_equals_torch_nn():
     mask = torch.arange(5) != 2
     seen = mask & causal_mask(5, 5)
     for ours.keep_weights in (False, True):
-        close(ours(x), theirs(x, x, x)[0])
         close(ours(x, mask=mask, causal=True), theirs(x, x, x, attn_mask=~seen)[0])
         out, weights = theirs(x, memory, memory)
         close(ours(x, memory), out)
@@ -553,11 +550,11 @@ def test_transformer_equals_torch_nn():
 
 
 def test_decoder_has_cross_attention_in_every_nth_block_behind_gates():
-    decoder = TransformerDecoder(5, 16, 2, cross_every=2, gated=True)
-    assert [i for i, block in enumerate(decoder.blocks) if block.cross_attn] == [1, 3]
+    decoder = TransformerDecoder(6, 16, 2, cross_every=3, gated=True)
+    assert [i for i, block in enumerate(decoder.blocks) if block.cross_attn] == [2, 5]
     assert not any("cross" in name for name in TransformerDecoder(2, 16, 2).state_dict())
     raises(AssertionError, "cross_every=3", TransformerDecoder, 2, 16, 2, "rms", 3)
-    block = decoder.blocks[1]
+    block = decoder.blocks[2]
     init_weights(block)  # so that only the cross-attention adds something
     assert abs(4 * block.cross_attn.proj.weight.std() - 1) < 0.1
     x = torch.randn(6, 5, 16)
@@ -584,16 +581,13 @@ def test_initial_weights_keep_the_size_of_activations_and_blocks_add_nothing():
     transformer = Transformer(500, n_embd=64)
     assert abs(8 * transformer.embedding.weight.std() - 1) < 0.1
     small = ("embedding.weight", "position.positions", "head.weight")
-    for name, p in itertools.chain(
-        gpt.named_parameters(),
-        vit.named_parameters(),
-        transformer.decoder.named_parameters(),
-    ):
+    models = nn.ModuleList([gpt, vit, transformer.decoder])
+    for name, p in models.named_parameters():
         if name.endswith(("proj.weight", "bias")):
             assert not p.any(), name
         elif p.ndim > 1:
             gain = 2 if p.ndim == 4 else 1
-            std = 0.02 if name in small else math.sqrt(gain / p[0].numel())
+            std = 0.02 if name.endswith(small) else math.sqrt(gain / p[0].numel())
             assert abs(p.std() / std - 1) < 0.1, name
 
 
@@ -679,7 +673,7 @@ def test_tiles_are_plain_images_until_their_gates_open():
 
 def test_missing_tiles_change_nothing():
     vit = tiny_vit(**TILED, across_layer=1)
-    gpt = tiny_gpt(cross_every=1)
+    gpt = tiny_gpt(cross_every=2)
     model = shake(make_mllm(MLLMConfig(vit.config, gpt.config)))
     images = tiled_photos()
     changed = tiled_photos()
@@ -709,8 +703,10 @@ def test_residual_stem_halves_the_image_and_doubles_the_channels():
     assert [conv.out_channels for conv in convs] == [4, 8, 8, 8, 16, 16, 16, 16]
     for patch_size in (1, 6, 32):
         raises(AssertionError, "patch_size", PatchEmbedding, patch_size, 16, "residual")
+    block = ResidualConv(8)
     x = torch.randn(2, 8, 6, 6)
-    close(ResidualConv(8)(x), x)
+    close(block(x), x)
+    assert gradients(block(x), block.layers[4].weight)[0].any()  # nothing at first, but it learns
 
 
 def test_attention_pooling_is_a_weighted_mean_of_each_head():
@@ -931,8 +927,8 @@ def tiny_vit_config(**changes):
 
 def tiny_mllm(connector="mlp", max_images=1, eos_id=2, **gpt_changes):
     """Return an MLLM with four tokens per image, or one with pixel_shuffle."""
-    gpt_config = tiny_gpt_config(**gpt_changes)
-    return MLLM(MLLMConfig(tiny_vit_config(), gpt_config, connector, max_images, eos_id=eos_id))
+    parts = tiny_vit_config(), tiny_gpt_config(**gpt_changes)
+    return MLLM(MLLMConfig(*parts, connector, max_images, eos_id=eos_id))
 
 
 EXAMPLE = table("1 5 IMG IMG IMG IMG 7 8; IMG IMG IMG IMG 1 9 9 6")
@@ -945,6 +941,7 @@ def test_pixel_shuffle_folds_neighbouring_patches():
     squares = table("0 1 4 5; 2 3 6 7; 8 9 12 13; 10 11 14 15").float()
     mlp = layer.mlp
     close(layer(x)[0], mlp.down(F.gelu(mlp.up(squares))))
+    assert layer.n_tokens(6) == 9
     raises(AssertionError, "even side, not 9 patches", layer, torch.zeros(1, 9, 1))
 
 
@@ -978,8 +975,8 @@ def test_mllm_refuses_what_does_not_fit():
     vit_config = tiny_vit_config(patch_dropout=0.5)
     cross = MLLMConfig(vit_config, tiny_gpt_config(cross_every=1))
     assert MLLM(cross).compare is None
-    prefix = MLLMConfig(vit_config, tiny_gpt_config())
-    raises(AssertionError, "patch_dropout needs fusion=cross", MLLM, prefix)
+    for wrong in (MLLMConfig(vit_config), replace(cross, connector="pixel_shuffle")):
+        raises(AssertionError, "patch_dropout needs fusion=cross", MLLM, wrong)
 
 
 def test_mllm_text_sees_the_image_before_it_and_nothing_sees_later_text():
@@ -1093,7 +1090,7 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
 def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
     for connector, cross_every in itertools.product(CONNECTORS, (0, 2)):
         model = tiny_mllm(connector, max_images=2, cross_every=cross_every)
-        assert model.compare.order.num_embeddings == 2
+        assert model.compare is not None
         n = model.config.n_placeholders(8)
         assert n == (1 if cross_every or connector == "pixel_shuffle" else 4)
         ids = F.pad(table("1 5 6"), (2 * n, 0), value=IMAGE_ID)
@@ -1207,12 +1204,12 @@ def test_encode_marks_answers_and_their_ends():
 
 
 def test_chat_reads_what_was_said_and_forgets_it_when_the_context_is_full():
-    model = tiny_mllm(vocab_size=259, block_size=35)
+    model = tiny_mllm(vocab_size=259, block_size=34)
     tokenizer = BPETokenizer([])
     read = []
 
     def stream(prompt, n, eos_id, **_):
-        assert n == 35 - prompt.size(1)
+        assert n == 34 - prompt.size(1)
         read.append(prompt[0, :-1].tolist())
         return map(torch.tensor, [*tokenizer.encode("né!"), eos_id])
 
@@ -1265,7 +1262,7 @@ def test_clip_text_is_the_mean_of_its_tokens_without_padding():
 
 
 def test_word_shares_by_hand():
-    rare, common = math.log(4 / 1), math.log(4 / 3)
+    rare, common = math.log(4), math.log(4 / 3)
     for captions, expected in (
         ([["ab", "abb"], ["a"], ["a"], ["c"]], [common, rare, 0]),  # both captions have both words
         ([["bc", "c"]] + [["b"]] * 99 + [["a"]] * 100, [0, math.log(2), 2 * 5]),  # 5 < log(200)
@@ -1341,23 +1338,23 @@ def test_words_are_those_of_the_caption_evaluation():
 def test_bleu_by_hand():
     # Papineni et al. 2002, section 2.1: "the" occurs at most twice in a reference, so 2 of 7 count
     cat = ["The cat is on the mat.", "There is a cat on the mat."]
-    brevity = math.exp(1 - 5 / 4)  # the reference is longer by one word
+    brevity = math.exp(1 - 5 / 4)  # the closest reference is longer by one word
     for candidates, references, bleu1, bleu2 in (
         (["the " * 7], [cat], 2 / 7, 0),
-        (["a dog runs far"], [["a dog runs in grass"]], brevity * 3 / 4, brevity * 0.5**0.5),
+        (["a dog far off"], [["x", "a dog runs on grass"]], brevity / 2, brevity * (1 / 6) ** 0.5),
         # counts are added over the corpus; 1 and 3 words are as close to 2, and the shorter counts
         (["a b", "c d"], [["a", "a x y"], ["c d"]], 0.75, 0.375**0.5),
+        ([""], [["a"]], 0, 0),
     ):
-        assert np.allclose(bleu(candidates, references)[:2], [bleu1, bleu2])
+        assert np.allclose(bleu(candidates, references), [bleu1, bleu2, 0, 0])
     assert bleu(["a b c d e"], [["x", "a b c d e"]]) == [1.0] * 4
-    assert bleu([""], [["a"]]) == [0.0] * 4
 
 
 def test_cider_by_hand():
     dog = "a dog runs on grass"
     men = "two men play football now"
     assert np.isclose(cider([dog, men], [["A dog runs on grass."], [men]])[0], 10)
-    raises(AssertionError, "at least one reference", cider, [men, dog], [[men], []])
+    raises(AssertionError, "at least one reference", cider, [men], [[]])
     # of two images, every n-gram is in the references of one: idf = log 2, which cancels
     unigrams = 2 / math.sqrt(2 * 3)  # of (a: 1, b: 1) and (a: 1, b: 1, c: 1)
     bigrams = 1 / math.sqrt(1 * 2)
@@ -1423,7 +1420,7 @@ def test_an_evaluation_reports_what_its_names_say():
         "bleu4": bleu(captions, references)[3],
         "broken": 3 / 8,
         "distinct": 7 / 8,
-        "length": (7 * 5 + 1) / 8 / 100,
+        "length": 36 / 8 / 100,  # 7 * 5 + 1 words
     }.items():
         assert np.isclose(scores[name], 100 * value), name
 
@@ -1450,13 +1447,13 @@ def test_the_judge_says_how_surprising_each_token_of_a_caption_is():
 
 
 def test_reward_is_the_weighted_sum_of_its_terms():
-    references = [["a dog runs", "the dog runs fast"], ["two men sit", "a red star"]]
+    references = [["a dog runs", "the dog runs fast"], ["a red star"]]
     by_cider = scst.Reward(references, cider_weight=1.0)
     ended, cut = by_cider(["A dog runs."] * 2, [True, False], [0, 0])
     assert ended > cut > 0  # the end is a word
     for weight, text, end, row, expected in (
-        # 2/2, (1+1)/(1+1), (0+1)/(0+1) twice; with its end the closest reference has 4 words
-        (0.0, "a dog", False, 0, 2 * math.exp(1 - 4 / 2)),
+        # 1/2, (0+1)/(1+1), (0+1)/(0+1) twice; with its end the closest reference has 4 words
+        (0.0, "a cat", False, 0, 2 * 0.25**0.25 * math.exp(1 - 4 / 2)),
         (0.0, "a red star", False, 1, 2 * math.exp(1 - 4 / 3)),
         (0.5, "A dog runs.", True, 0, 0.5 * ended + 2 + 3),
     ):
@@ -1503,13 +1500,13 @@ def test_rollouts_hold_samples_their_rewards_and_no_graph():
     captioner.gpt.embedding.weight.data[2] *= 3  # so that some texts end
     photo_data = {"images": photos(4), "tokenizer": BPETokenizer([])}
     one = {"question": "", "references": [], "ids": [IMAGE_ID] * 4 + [1]}
-    two = one | {"images": [3, 0], "ids": [IMAGE_ID] * 8 + [1]}
-    prompts = [one | {"images": [0]}, two, one | {"images": [1]}]
+    two = one | {"question": "left?", "images": [3, 0], "ids": [IMAGE_ID] * 8 + [1]}
+    prompts = [one | {"images": [0]}, two, one | {"images": [3]}]
     augmentation = {
         "size": 0,
         "crop": 1.0,
         "jitter": 0.0,
-        "mirror": False,
+        "mirror": True,  # but no image that a question about left and right is about
     }
 
     def reward(texts, ended, rows):
@@ -1523,9 +1520,9 @@ def test_rollouts_hold_samples_their_rewards_and_no_graph():
     for train_vit, baseline in ((True, "greedy"), (False, "leave_one_out")):
         with mock.patch.multiple(scst, train_vit=train_vit, baseline=baseline, samples=3):
             parts = scst.rollout(captioner, photo_data, prompts, [2, 1, 0], reward, augmentation)
-        for part, rows, images in zip(parts, ([2, 0], [1]), ([1, 0], [3, 0]), strict=True):
+        for part, rows in zip(parts, ([2, 0], [1]), strict=True):
             assert not any(tensor.requires_grad for tensor in part)
-            pixels = photo_data["images"][images].float()
+            pixels = photo_data["images"][[3, 0]].float()
             close(part.inputs, pixels if train_vit else captioner.vit.features(pixels))
             assert part.prompts[0].tolist() == prompts[rows[0]]["ids"]
             assert part.mask.equal(scst.answer_mask(part.samples, 2))
@@ -2325,7 +2322,8 @@ def byte_captioner(groups, **gpt_changes):
 
 
 def shown(ids):
-    """Return ids of bytes as text: # for an image, < and > for bos and eos, _ for padding, . for no target."""
+    """Return ids of bytes as text, with # for an image, < and > for bos and eos, and _ for padding;
+    a dot is a place without a target."""
     special = {IMAGE_ID: "#", 0: "_", 1: "<", 2: ">", IGNORE_INDEX: "."}
     return "".join(special[i] if i in special else chr(i - 3) for i in ids)
 
@@ -2336,17 +2334,20 @@ def test_conversations_become_ids_and_the_targets_are_what_the_assistant_says():
     for cross_every, image in ((0, "####"), (1, "#")):
         _, photo_data = byte_captioner(groups, block_size=40, cross_every=cross_every)
         batch = mllm.collate(groups, photo_data)
-        ids = f"{image}or {image}?<a dog>why<so"
-        targets = "." * len(f"{image}or {image}?") + "a dog>....so>"
-        caption_targets = "." * len(image) + "a dog>"
-        assert [*map(shown, batch.ids.tolist())] == [ids, f"{image}<a dog".ljust(len(ids), "_")]
-        assert [*map(shown, batch.targets.tolist())] == [
-            targets,
-            caption_targets.ljust(len(ids), "."),
-        ]
+        n = len(image)
+        T = 2 * n + 17
+        ids = f"{image}or {image}?<a dog>why<so", f"{image}<a dog".ljust(T, "_")
+        targets = "." * (2 * n + 4) + "a dog>....so>", ("." * n + "a dog>").ljust(T, ".")
+        for row in (0, 1):
+            assert shown(batch.ids[row].tolist()) == ids[row]
+            assert shown(batch.targets[row].tolist()) == targets[row]
         assert batch.n_targets() == len("a dog>so>a dog>")
         assert batch.images == [2, 0]
         assert batch.which.tolist() == [0, 1, 0]  # image 2 is shared
+        texts = ["or ?", "a dog", "why", "so"]
+        with mock.patch.object(mllm, "augment_photos") as augment:
+            mllm.augment(photo_data, batch, groups, "cpu")
+        assert augment.call_args.args[1] == [[*texts, "", "a dog"], texts]
 
 
 def test_samples_longer_than_the_context_are_left_out_and_counted():
@@ -2363,9 +2364,6 @@ def test_samples_longer_than_the_context_are_left_out_and_counted():
         assert (f"left out: {n_left_out} samples" in printed.getvalue()) == (n_left_out > 0)
         prompts = mllm.prompts_of(photo_data, "val")
         mllm.write_answers(captioner, photo_data, prompts)  # there is room for an answer
-    photo_data["groups"] = {"val": [[long]]}
-    error = "no sample of val fits the context of 18 tokens"
-    raises(AssertionError, error, mllm.tokenize, photo_data, captioner)
 
 
 def test_prompts_are_questions_with_all_their_references():
@@ -2385,6 +2383,10 @@ def test_prompts_are_questions_with_all_their_references():
         [[], "hi", "question", ["yo"]],
     ]
     assert shown(prompts[2]["ids"]) == "####what?<a cat>why<"
+    written = ["dogs", "a cat", "", "yo"], [True] * 4
+    with mock.patch.object(mllm, "write_answers", return_value=written):
+        scores, _ = mllm.evaluate(None, photo_data | {"metric": "right"}, "val")
+    assert scores["right"] == 75
 
 
 def test_other_images_are_as_many_and_never_the_own():
@@ -2462,10 +2464,8 @@ def test_a_step_has_some_samples_of_each_group():
     seen = []
     with mock.patch.multiple(mllm, batch_size=3, captions_per_photo=2):
         for step in (0, 1):
-            batch = mllm.get_groups(groups, step)
-            lengths = [len(group[0]["ids"]) for group in batch]
-            assert lengths == sorted(lengths)
-            seen += [sample["name"] for group in batch for sample in group]
+            for group in mllm.get_groups(groups, step):
+                seen += [sample["name"] for sample in group]
     assert len(set(seen)) == 12
     assert Counter(i for i, _ in seen) == dict.fromkeys(range(6), 2)  # an epoch
 
@@ -2499,7 +2499,7 @@ TOYS = {  # with all kinds of randomness: batches, dropout, augmentation, sample
     "mllm": (
         mllm,
         f"{COMMON} --n_drawn=80 --batch_size=8 --image_size=24 --vit_layer=1 --vit_head=2"
-        " --vit_embd=16 --gpt_layer=1 --gpt_head=2 --gpt_embd=16 --dropout=0.1 --align_share=0.5"
+        " --vit_embd=16 --gpt_layer=1 --gpt_head=2 --gpt_embd=16 --dropout=0.1 --align_share=0.45"
         " --captions_per_photo=2 --mirror=True --crop=0.8 --jitter=0.1 --word_dropout=0.1"
         " --out_dir=out/mllm",
     ),
@@ -2551,8 +2551,6 @@ def test_prepare_cifar_reads_the_binary_records():
         archive = write_cifar(files)
         whole = archive.read_bytes()
         archive.write_bytes(whole[: len(whole) // 2])
-        fails("is not CIFAR-10 or is damaged", "cifar")
-        write_cifar({"one.bin": b""})
         fails("is not CIFAR-10 or is damaged", "cifar")
         assert os.listdir("data/cifar10") == [archive.name]
         archive.write_bytes(whole)
@@ -2642,7 +2640,6 @@ def test_prepare_flickr8k_packs_captioned_images():
         assert tokenizer.vocab_size == 280
         stream = np.load("data/mine/val.npy").tolist()
         assert stream[0] == 1 and stream[-1] == 2
-        assert stream.count(1) == stream.count(2) == 4
         assert tokenizer.decode(stream).count("picture") == 4
         output_of("mine", "--max_tiles=4")
         assert np.load("data/mine/images.npy").shape == (20, 4, 3, 16, 16)
@@ -2669,14 +2666,15 @@ def test_wrong_captions_end_in_one_line():
 def make_conversations():
     """Write images and conversations in the layouts of MiniMind-V and, every second, of LLaVA."""
     draw_plain_images(24)
-    samples = []
+    samples = [
+        sample_of(["0.png", "1.png"], "<image>Or<image>?", "The first."),
+        sample_of(["2.png", "3.png"], "Hello.", "Hi."),
+        sample_of([], "Hello.", "Hi."),
+    ]
     for i in range(24):
         question = "What is this?\n<image>" if i % 4 else "What is this?"
         texts = [question, f"Picture {i}. A big one.", "Sure?", "Yes."]
         samples.append(sample_of([f"{i}.png"], *texts))
-    samples.append(sample_of(["0.png", "1.png"], "<image>Or<image>?", "The first."))
-    samples.append(sample_of(["2.png", "3.png"], "Hello.", "Hi."))
-    samples.append(sample_of([], "Hello.", "Hi."))
     lines = [], []
     for i, sample in enumerate(samples):
         images = sample["images"] if i % 2 else ", ".join(sample["images"])
@@ -2855,7 +2853,6 @@ def test_gpt_resumes_and_writes():
         fails("yarn is for a longer context", "gpt", "--eval_only=True --yarn=2")
         fails("data/mine has another tokenizer", "gpt", "--eval_only=True --dataset=mine")
         fails("'#' is not in the vocabulary", "gpt", "--prompt=#")
-        assert "--- after 6 steps" in Path("out/gpt/sample.txt").read_text()
         output_of("gpt", "--dataset=mine")
         output = output_of("gpt", "--prompt='to be'")
         checkpoint = saved("gpt/best")
@@ -2948,7 +2945,6 @@ def test_recall_counts_own_captions_among_the_nearest():
     wrong = metrics.recalls(apart @ texts.roll(2, dims=0).T, owner)
     assert len(right) == 6 and set(right.values()) == {100}
     assert wrong["text1"] == wrong["photo1"] == 0
-    assert wrong["text10"] == 100  # there are only eight captions
     texts[::2] = texts[::2].roll(1, dims=0)  # half are of the photo before
     assert metrics.recalls(apart @ texts.T, owner)["photo1"] == 50
 
@@ -2958,7 +2954,7 @@ def test_mllm_and_scst_resume_and_caption():
         check_resume("mllm", "sft", "val_right", n_updates=(1, 3, 2))
         rows = log_of("mllm")
         assert [row["phase"] for row in rows] == ["align", "align", "align", "sft", "sft"]
-        assert [float(row["lr"]) > 0 for row in rows] == [True, True, False, True, False]
+        assert [float(row["lr"]) for row in rows] == [0.002, 0.000833333, 0, 0.00166667, 0]
         options = "--sft_dir= --train_vit=True --baseline=leave_one_out --out_dir=out/more"
         assert "starting from out/quiet/sft.pt" in output_of("scst", options)  # the newest
         assert parts_of(changed("quiet/sft", "more/last")) == {"vit", "connector", "gpt"}
@@ -2987,12 +2983,14 @@ def test_align_trains_what_no_checkpoint_brought():
             options = (
                 f"--dataset=mine --image_size=16 --fusion={fusion} --gpt_ckpt=out/gpt/best.pt"
                 f" --vit_ckpt=out/{eye}/best.pt --max_steps=2 --align_share=0.0"
+                " --crop=1.0 --jitter=0.0 --mirror=False --weight_decay=0.0"
             )
             output_of("mllm", f"{options} --max_steps=0 --out_dir=out/begun")
             output_of("mllm", f"{options} --align_share=1.0 --out_dir=out/aligned")
             output_of("mllm", f"{options} --train_vit=False --out_dir=out/frozen")
             output_of("mllm", f"{options} --out_dir=out/tuned")
             begun = saved("begun/last")["model"]
+            assert any("gate" in name for name in begun) == (fusion == "cross")
             block = "encoder.blocks.0.attn.qkv.weight"
             assert begun[f"vit.{block}"].equal(saved(f"{eye}/best")["model"][prefix + block])
             for name, w in saved("gpt/best")["model"].items():
@@ -3003,24 +3001,21 @@ def test_align_trains_what_no_checkpoint_brought():
             assert parts_of(changed("begun/last", "frozen/last")) == {"connector", "gpt"} | new
             tuned = parts_of(changed("begun/last", "tuned/last"))
             assert tuned == {"vit", "connector", "gpt"} | new
-        output = output_of("scst", "--sft_dir=out/tuned --max_surprise=6 --max_steps=2")
-        assert "val_surprising" in output
-
-
-def test_the_phase_align_has_captions_alone():
-    caption = sample_of([0], "<image>", "so")
-    others = [sample_of([0], "<image>why?", "so"), sample_of([0], "<image>", "so", "why", "so")]
-    groups = {"train": [[*others, caption], others], "val": [[caption]]}
-    kept = {"train": [[caption]], "val": [[caption]]}
-    assert mllm.only_captions({"groups": groups})["groups"] == kept
+        options = "--sft_dir=out/tuned --max_surprise=6 --max_steps=2"
+        assert "val_surprising" in output_of("scst", options)
 
 
 def test_features_of_a_frozen_vit_are_those_of_each_step():
-    plain = "--train_vit=False --dropout=0.0 --mirror=False --crop=1.0 --jitter=0.0 --fusion=cross"
+    plain = (
+        "--train_vit=False --dropout=0.0 --mirror=False --crop=1.0 --jitter=0.0 --fusion=cross"
+        " --align_share=0.0"
+    )
     with toy_workplace():
         output_of("mllm", plain)
         output_of("mllm", f"{plain} --train_size=24 --out_dir=out/anew")  # the same view
         check_losses("mllm", "anew")
+        output_of("mllm", f"{plain} --jitter=0.5 --out_dir=out/jittered")
+        assert log_of("jittered") != log_of("mllm")
 
 
 def test_conversations_are_learnt_and_continued():
@@ -3044,9 +3039,11 @@ def test_conversations_are_learnt_and_continued():
                 assert "forgotten" in output_of("mllm", "--image=mine/3.png --chat=True")
             exact = "--cider_weight=0.0 --exact_weight=1.0 --beams=1 --max_steps=2"
             assert "commonest" in output_of("scst", exact)
-            output = output_of("scst", "--image=mine/3.png --prompt='What is this?'")
-            assert "3.png: " in output
+            question = "--image=mine/3.png --prompt='What is this?'"
+            assert "3.png: " in output_of("scst", question)
         fails("CLIP learns from photos and captions", "clip")
+        no_captions = "align_share: no sample of train is one image with its caption"
+        fails(no_captions, "mllm", "--dataset=mine --image_size=16")
 
 
 def end_at_once(logits, **_):
@@ -3060,7 +3057,7 @@ def test_scenes_on_tiles_are_learnt_and_captioned():
             "--dataset=wide --fusion=cross --max_tiles=4 --across_layer=1 --keep_blocks=0,"
             " --mirror=False --crop=1.0 --jitter=0.0 --max_tokens=80 --max_steps=2"
         )
-        assert "cross" in output_of("mllm", options)
+        assert "wide: 72 images" in output_of("mllm", options)
         Image.new("RGB", (90, 30)).save("wide.png")
         assert "wide.png: " in output_of("mllm", "--image=wide.png")
         assert "after" in output_of("scst", "--max_steps=2")
@@ -3132,14 +3129,10 @@ def test_two_processes_and_accumulation_train_as_one_process_does():
             f"import {Path(__file__).stem} as tests\n"
             "tests.train_plain('two')\n"
         )
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch = [sys.executable, "-m", "torch.distributed.run"]
+        launch += ["--standalone", "--nproc_per_node=2", "train.py"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [*launch, "--nproc_per_node=2", "train.py"],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(launch, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         train_plain("one")
         train_plain("parts", "--accumulation=2")
@@ -3186,11 +3179,6 @@ def test_wrong_uses_end_in_one_line():
         fails("none.png: no such image file", "vit", "--image=none.png")
         Path("text.png").write_text("no image")
         fails("text.png: not an image", "vit", "--image=text.png")
-        fails(
-            "out/vit/best.pt is a checkpoint of vit.py, not of gpt",
-            "mllm",
-            "--gpt_ckpt=out/vit/best.pt",
-        )
 
 
 class RunsCode:
@@ -3227,12 +3215,11 @@ def fill_disk(checkpoint, path):
 def test_a_full_disk_leaves_the_last_checkpoint():
     with toy_workplace():
         output_of("gpt")
-        before = {path: path.read_bytes() for path in Path("out/gpt").glob("*.pt*")}
+        path = Path("out/gpt/last.pt")
+        whole = path.read_bytes()
         with mock.patch.object(torch, "save", fill_disk):
-            fails(
-                "could not write out/gpt/last.pt (is the disk full?)", "gpt", "--init_from=resume"
-            )
-        assert before == {path: path.read_bytes() for path in Path("out/gpt").glob("*.pt*")}
+            fails(f"could not write {path} (is the disk full?)", "gpt", "--init_from=resume")
+        assert path.read_bytes() == whole
 
 
 ROOT = Path(gpt.__file__).parent

@@ -90,28 +90,26 @@ def bleu_of_words(candidates, references, smooth=0):
 
 
 def document_frequencies(references):
-    """Count in how many images' references an n-gram occurs, n = 1 to 4.
-
-    references: a list of word lists per image. Returns ({n-gram: count}, the number of images).
-    """
-    df = Counter()
+    """Return {n-gram: number of images whose references contain it}, n = 1 to 4."""
+    frequencies = Counter()
     for refs in references:
-        df.update({ngram for ref in refs for n in range(1, 5) for ngram in count_ngrams(ref, n)})
-    return df, len(references)
+        frequencies.update(
+            {gram for ref in refs for n in range(1, 5) for gram in count_ngrams(ref, n)}
+        )
+    return frequencies
 
 
 class CiderD:
     """CIDEr-D (Vedantam et al. 2015) against references whose tf-idf vectors are computed once.
 
-    references: a list of word lists per image. df: the result of document_frequencies(); None
-    counts these references.
+    references: a list of word lists per image.
     """
 
     sigma = 6.0
 
-    def __init__(self, references, df=None):
-        counts, n_images = df or document_frequencies(references)
-        self.max_idf = math.log(n_images)  # of an n-gram that no reference contains
+    def __init__(self, references):
+        counts = document_frequencies(references)
+        self.max_idf = math.log(len(references))  # of an n-gram that no reference contains
         self.idf = {ngram: self.max_idf - math.log(count) for ngram, count in counts.items()}
         self.references = [list(map(self.vectors, refs)) for refs in references]
 
@@ -156,15 +154,14 @@ class CiderD:
         )
 
 
-def cider(candidates, references, df=None):
+def cider(candidates, references):
     """Return the mean and the (n,) scores of CIDEr-D, from 0 to 10; papers print them times 100.
 
-    candidates: n str; references: n lists of str; df: document_frequencies() of other references.
-    A caption of at least four words that equals its only reference scores 10, unless all images
-    share its words.
+    candidates: n str; references: n lists of str. A caption of at least four words that equals its
+    only reference scores 10, unless all images share its words.
     """
     candidates, references = words_of_all(candidates, references)
-    scores = CiderD(references, df).scores(candidates, range(len(references)))
+    scores = CiderD(references).scores(candidates, range(len(references)))
     return fmean(scores), scores
 
 
