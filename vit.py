@@ -99,9 +99,11 @@ def size_at(step):
     """Return the side of the images at a step: from first_size on, a patch more at equal intervals
     (Tan and Le 2021, EfficientNetV2, without their stronger augmentation of larger images)."""
     last_size = train_size or image_size
-    sizes = list(range(first_size, last_size, patch_size))
-    i = int(len(sizes) * (step / max_steps) / GROWTH)
-    return sizes[i] if i < len(sizes) else last_size
+    sizes = range(first_size, last_size, patch_size)
+    progress = step / max_steps
+    if progress >= GROWTH or not sizes:
+        return last_size
+    return sizes[int(len(sizes) * progress / GROWTH)]
 
 
 # CIFAR-10: what is in the image?
