@@ -113,6 +113,9 @@ temperature = 0.0  # with image, above 0: sample at this temperature
 num_captions = 1  # with image: captions of each
 
 
+BRIEF = ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes")  # printed
+
+
 # samples ------------------------------------------------------------------------------------------
 # A sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text},
 # ...]} with <image> in the text where an image belongs; tokenize() adds "ids" and "is_answer".
@@ -576,6 +579,8 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
     frozen_vit = phase == "sft" and not train_vit and same_view and max_tiles == 1
     features = in_batches(model, model.vit.features, data["images"]) if frozen_vit else None
 
+    # for checkpoints
+    about = {"phase": phase, "tokenizer": tokenizer.state(), "asks": data["asks"]}
     losses = []  # since the last evaluation
     start = time.perf_counter()
     while True:
@@ -592,24 +597,10 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
                     scores, texts = evaluate(model, data, "val")
                     row |= {f"val_{name}": value for name, value in scores.items()}
                     score = scores[data["metric"]]
-                run.log(
-                    out,
-                    row,
-                    ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes"),
-                )
+                run.log(out, row, BRIEF)
                 is_best, best = score > best, max(score, best)
-                checkpoint = run.checkpoint(
-                    "mllm",
-                    settings,
-                    model,
-                    optimizers,
-                    phase=phase,
-                    step=step,
-                    seconds=seconds,
-                    best=best,
-                    tokenizer=tokenizer.state(),
-                    asks=data["asks"],
-                )
+                about |= {"step": step, "seconds": seconds, "best": best}
+                checkpoint = run.checkpoint("mllm", settings, model, optimizers, **about)
                 if is_best:
                     run.save(out / "sft.pt", checkpoint)
                     picture = out / ("answers.png" if data["asks"] else "captions.png")
@@ -681,8 +672,7 @@ def main(argv=None):
     torch.manual_seed(seed)
     model = run.place(build_model(data), dev, dtype)
     tokenize(data, model)
-    n_groups = len(data["groups"]["train"])
-    print(f"{dataset}: {n_groups:,} images, or groups of them, to train on; on {dev}")
+    print(f"{dataset}: {len(data['groups']['train']):,} groups of samples to train on; on {dev}")
     seconds = 0.0
     n_align = math.ceil(align_share * max_steps)
     if n_align and not (resumed and resumed["phase"] == "sft"):

@@ -89,6 +89,7 @@ cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between evaluations
 
+BRIEF = ("reward", "val_cider", "val_right", "val_surprising", "lr", "ms_per_step", "minutes")
 END = "<end>"  # the word for the end token in the reward; words_of() never produces it
 
 
@@ -261,6 +262,7 @@ def main(argv=None):
     out = Path(out_dir)
     if image or prompt or chat or eval_only:
         return mllm.use("scst", out / "scst.pt", settings)
+    assert init_from in ("sft", "resume"), f"init_from={init_from}: sft or resume"
     assert baseline in ("greedy", "leave_one_out"), f"baseline={baseline}: greedy or leave_one_out"
     assert baseline == "greedy" or samples > 1, "baseline=leave_one_out needs samples of at least 2"
     sft_path = find_sft() if init_from == "sft" else None  # before a new run renames checkpoints
@@ -300,6 +302,8 @@ def main(argv=None):
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{n_trained:,} parameters train, on {dev}; baseline {baseline}")
 
+    about = {"sft": str(sft_path), "sft_settings": sft["settings"]}  # for checkpoints
+    about |= {"asks": sft["asks"], "tokenizer": sft["tokenizer"]}
     losses, mean_rewards = [], []  # since the last evaluation
     start = time.perf_counter()
     while True:
@@ -314,36 +318,11 @@ def main(argv=None):
                 scores, texts = mllm.evaluate(model, data, "val")
                 if judge:
                     scores |= judge.scores(texts)
-                row |= {f"val_{name}": value for name, value in scores.items()} | {
-                    "minutes": seconds / 60
-                }
-                run.log(
-                    out,
-                    row,
-                    (
-                        "reward",
-                        "val_cider",
-                        "val_right",
-                        "val_surprising",
-                        "lr",
-                        "ms_per_step",
-                        "minutes",
-                    ),
-                )
+                row |= {f"val_{name}": value for name, value in scores.items()}
+                run.log(out, row | {"minutes": seconds / 60}, BRIEF)
                 is_best, best = scores[metric] > best, max(scores[metric], best)
-                checkpoint = run.checkpoint(
-                    "scst",
-                    settings,
-                    model,
-                    optimizers,
-                    step=step,
-                    seconds=seconds,
-                    best=best,
-                    sft=str(sft_path),
-                    sft_settings=sft["settings"],
-                    asks=sft["asks"],
-                    tokenizer=sft["tokenizer"],
-                )
+                about |= {"step": step, "seconds": seconds, "best": best}
+                checkpoint = run.checkpoint("scst", settings, model, optimizers, **about)
                 if is_best:
                     run.save(out / "scst.pt", checkpoint)
                 run.save(out / "last.pt", checkpoint)

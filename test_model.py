@@ -1,5 +1,6 @@
 """
-The tests: plain functions and bare asserts, in the order of model.py. Each fails if what its name says breaks.
+The tests: plain functions and bare asserts, in the order of model.py. Each fails if what its name
+says breaks.
 
     python test_model.py            # all of them; ends with `N passed, M failed`
     python test_model.py bpe        # those with "bpe" in their name
@@ -110,7 +111,8 @@ from model import (
 
 
 def setup_function():
-    """Before each test (pytest knows the name): the same random numbers; one thread, as models are tiny."""
+    """Before each test (pytest knows the name): the same random numbers; one thread, as models are
+    tiny."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
@@ -3057,7 +3059,7 @@ def test_scenes_on_tiles_are_learnt_and_captioned():
             "--dataset=wide --fusion=cross --max_tiles=4 --across_layer=1 --keep_blocks=0,"
             " --mirror=False --crop=1.0 --jitter=0.0 --max_tokens=80 --max_steps=2"
         )
-        assert "wide: 72 images" in output_of("mllm", options)
+        assert "wide: 72 groups" in output_of("mllm", options)
         Image.new("RGB", (90, 30)).save("wide.png")
         assert "wide.png: " in output_of("mllm", "--image=wide.png")
         assert "after" in output_of("scst", "--max_steps=2")
