@@ -124,7 +124,7 @@ def close(a, b, atol=1e-5):
 
 
 def raises(exception, text, f, *args):
-    """Assert that f(*args) raises exception (SystemExit too), or one of several, with text in it."""
+    """Assert that f(*args) raises exception, or one of several, with text in its message."""
     try:
         f(*args)
     except exception as e:
@@ -134,20 +134,20 @@ def raises(exception, text, f, *args):
 
 
 def shake(module, std=0.3):
-    """Return the module in eval mode, with weights far from their start, where much goes unnoticed."""
+    """Return the module in eval mode, its weights moved far from their initial values."""
     for p in module.parameters():
         p.data += std * torch.randn_like(p)
     return module.eval()
 
 
 def gradients(output, *tensors):
-    """Return the gradients of an uneven sum of output, in which no two of its numbers count alike."""
+    """Return the gradients of a sum of output in which every number has another weight."""
     weights = torch.linspace(-1, 2, output.numel()).view_as(output)
     return torch.autograd.grad((output * weights).sum(), tensors)
 
 
 def unreached(model, loss_of):
-    """Return the names of parameters without a finite gradient of loss_of(), once no weight is 0."""
+    """Return the parameters without a finite gradient of loss_of(), once no weight is 0."""
     shake(model, 0.1)
     loss_of().backward()
     names = []
@@ -3252,7 +3252,7 @@ def test_five_packages_are_imported_and_of_our_files_those_below():
 
 
 def main(pattern=""):
-    """Run the tests whose name contains pattern, in order. Return the exit status, 1 if any failed."""
+    """Run the tests whose name contains pattern. Return 1 if any failed, else 0."""
     failed = []
     tests = [
         (name, f) for name, f in globals().items() if name.startswith("test_") and pattern in name

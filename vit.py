@@ -106,8 +106,7 @@ def size_at(step):
     return sizes[int(len(sizes) * progress / GROWTH)]
 
 
-# CIFAR-10: what is in the image?
-# -------------------------------------------------------------------------------------
+# CIFAR-10: what is in the image? ------------------------------------------------------------------
 
 
 def load_cifar(device):
@@ -210,8 +209,7 @@ def draw_predictions(model, data, rows, path):
     save_grid(path, list(images), titles, columns=5)
 
 
-# CLIP: which caption belongs to which photo?
-# -------------------------------------------------------------------------
+# CLIP: which caption belongs to which photo? ------------------------------------------------------
 
 
 def load_captioned():

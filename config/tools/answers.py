@@ -19,7 +19,6 @@ N_ATTENTION_PICTURES = 4  # of the first images that a user gives
 
 
 # a user's images ----------------------------------------------------------------------------------
-# -------------------
 
 
 def user_message(text, n_images):
@@ -53,6 +52,16 @@ def read_images(checkpoint, model, settings):
     return sources, broken
 
 
+def encode_photos(model, photos, size):
+    """Return k PIL images as the model takes them, size pixels a side, and their image tokens (k,
+    N, C)."""
+    images = to_images(photos, size, model.config.vit.max_tiles)
+    device = device_of(model)
+    if not photos:
+        return images, torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
+    return images, model.encode(images.to(device))
+
+
 @torch.no_grad()
 def answer_files(model, checkpoint, settings, encode):
     """Print what the model says about a user's images, with log-probabilities, and draw it; of the
@@ -66,16 +75,11 @@ def answer_files(model, checkpoint, settings, encode):
     out = Path(settings["out_dir"])
     pictures, titles = [], []
     for i, (name, photos) in enumerate(sources):
-        images = to_images(photos, size, model.config.vit.max_tiles)
         messages = user_message(settings["prompt"], len(photos))
         ids, _ = encode(messages, tokenizer, model.config.n_placeholders(size))
         prompt = torch.tensor([ids + [tokenizer.bos_id]], device=device)
         with evaluating(model), autocast(model):
-            tokens = (
-                model.encode(images.to(device))
-                if photos
-                else torch.zeros(0, 1, model.config.gpt.n_embd)
-            )
+            images, tokens = encode_photos(model, photos, size)
             answers = model.generate(
                 tokens,
                 prompt,
@@ -136,12 +140,7 @@ def chat(model, checkpoint, settings, encode):
     messages = []
     print("ask; an empty line ends the chat")
     with evaluating(model), autocast(model):
-        images = to_images(photos, size, model.config.vit.max_tiles)
-        tokens = (
-            model.encode(images.to(device))
-            if photos
-            else torch.zeros(0, 1, model.config.gpt.n_embd)
-        )
+        _, tokens = encode_photos(model, photos, size)
         while text := read_line():
             messages.append({"role": "user", "content": text})
             first, *others = messages
