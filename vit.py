@@ -413,7 +413,7 @@ def main(argv=None):
     model = new_classifier(data) if task == "classify" else new_clip(data)
     model = run.place(model, dev, dtype)
     optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
-    step, seconds, best = 0, 0.0, 0.0
+    step, seconds, best = 0, 0.0, -1.0
     if resumed:
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
         run.restore(resumed, model, optimizers)
