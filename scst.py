@@ -262,7 +262,6 @@ def main(argv=None):
     out = Path(out_dir)
     if image or prompt or chat or eval_only:
         return mllm.use("scst", out / "scst.pt", settings)
-    assert init_from in ("sft", "resume"), f"init_from={init_from}: sft or resume"
     assert baseline in ("greedy", "leave_one_out"), f"baseline={baseline}: greedy or leave_one_out"
     assert baseline == "greedy" or samples > 1, "baseline=leave_one_out needs samples of at least 2"
     sft_path = find_sft() if init_from == "sft" else None  # before a new run renames checkpoints

@@ -1,6 +1,6 @@
 """
-Captions of Flickr8k photos from CLIP ViT-B/16 and GPT-2, joined as in LLaVA, on one GPU. It has only
-been started, with random weights.
+Captions of Flickr8k photos from CLIP ViT-B/16 and GPT-2, joined as in LLaVA, on one GPU. It has
+only been started, with random weights.
 
     python prepare_flickr8k.py --size=224
     python mllm.py config/clip_gpt2.py

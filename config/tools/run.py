@@ -176,11 +176,11 @@ def sum_over_processes(value, device):
 
 
 def gather(tensor):
-    """Return the tensors of all processes, of one shape and without gradients, in a list."""
+    """Return a list of the contiguous tensors of all processes, of one shape, without gradients."""
     if not dist.is_initialized():
         return [tensor.detach()]
     tensors = [torch.empty_like(tensor) for _ in range(n_processes())]
-    dist.all_gather(tensors, tensor.detach().contiguous())
+    dist.all_gather(tensors, tensor.detach())
     return tensors
 
 
@@ -283,7 +283,8 @@ def start(stage, settings):
     """
     out = Path(settings["out_dir"])
     init_from = settings["init_from"]
-    assert init_from in ("scratch", "sft", "resume"), f"init_from={init_from}: a start, or resume"
+    first = "sft" if stage == "scst" else "scratch"
+    assert init_from in (first, "resume"), f"init_from={init_from}: {first} or resume"
     if init_from == "resume":
         checkpoint = load(out / "last.pt", stage)
         print(f"resuming from {out / 'last.pt'}, step {checkpoint['step']}")
@@ -294,7 +295,6 @@ def start(stage, settings):
             if not path.name.endswith(".old.pt"):
                 path.replace(path.with_suffix(".old.pt"))
                 print(f"renamed {path} of an earlier run to {path.stem}.old.pt")
-    return None
 
 
 def show_step(step, max_steps, losses):
