@@ -229,7 +229,7 @@ def test_bpe_round_trip_loses_nothing_and_makes_no_special_id():
 
 
 def test_bpe_pieces_and_merges_worked_out_by_hand():
-    pieces = "that|'s|  | the| hat|!|\n|ok|'|tis".split("|")
+    pieces = "that|'s|  | the| hat|!|\n|ok|'|tis| I|'ve| we|'ll| !".split("|")
     assert BPETokenizer.pieces.findall("".join(pieces)) == pieces
     # pieces: hug, _hug, _pug, _hugs. Pairs: ug 4, hu 3, _h 2, _p pu gs 1  ->  ug
     # then h+ug 3, _h 2, the rest 1  ->  hug; then _+hug 2  ->  _hug; then no pair occurs twice
@@ -446,6 +446,7 @@ def test_dropout_rate_and_scale():
     close(dropped.unique(), torch.tensor([0, 4 / 3]))
     assert abs(dropped.mean() - 1) < 0.002
     assert Dropout(0.7).p == 179 / 256
+    assert Dropout(0.1).p == 26 / 256
 
 
 def test_each_dropout_acts_in_training_and_only_there():
@@ -454,11 +455,18 @@ def test_each_dropout_acts_in_training_and_only_there():
     block = EncoderBlock(16, 2, dropout=0.5)
     gpt = tiny_gpt(dropout=0.5, n_experts=2)
     vit = tiny_vit(dropout=0.5)
+    tiled = TiledViT(replace(tiny_vit(**TILED, dropout=0.5).config, across_layer=1))
+    clip = CLIP(replace(tiny_clip().config, dropout=0.5))
+    clip.vit = None
+    transformer = Transformer(20, 1, 16, 2, 8, dropout=0.5)
     for module, forward, inputs, n_drops in (
         (layer, layer, x, 1),
         (block, block, x, 2),
         (gpt, gpt.hidden, x, 7),
         (vit, vit.features, photos(1), 5),
+        (tiled, tiled.features, tiled_photos(), 9),
+        (clip, clip.embed_texts, some_ids(1, 6), 3),
+        (transformer, lambda ids: transformer(ids, ids), some_ids(1, 6), 5),
     ):
         shake(module)
         expected = forward(inputs)
@@ -484,6 +492,7 @@ def test_feed_forward_equals_its_formula():
         n_weights = layer.up.weight.numel() + layer.proj.weight.numel()
         assert n_weights == 2 * 96 * 4 * 96
     assert FeedForward(16, "swiglu").proj.in_features == 40  # 64 * 2 / 3, rounded to eights
+    assert FeedForward(128, "swiglu").proj.in_features == 344
     raises(AssertionError, "activation=tanh", FeedForward, 24, "tanh")
 
 
@@ -503,7 +512,8 @@ def test_experts_equal_a_dense_sum_and_share_the_work():
         close(layer.balance, 3 * load @ p.mean(dim=(0, 1)))
         out.square().sum().backward()
         assert layer.router.weight.grad.any()  # not only from the balance
-    raises(AssertionError, "experts_per_token=4", MixtureOfExperts, 12, 3, 4)
+    for k in (0, 4):
+        raises(AssertionError, f"experts_per_token={k}", MixtureOfExperts, 12, 3, k)
 
 
 def test_gpt_with_experts_adds_their_balance_to_the_loss():
@@ -513,6 +523,11 @@ def test_gpt_with_experts_adds_their_balance_to_the_loss():
     loss = model.train()(ids, ids)[1]
     first, second = [block.ff.balance for block in model.decoder.blocks]
     close(loss, plain + 0.01 * (first + second) / 2)
+    options = {"experts_per_token": 1, "activation": "swiglu"}
+    layer = tiny_gpt(n_experts=3, **options).decoder.blocks[0].ff
+    assert layer.k == 1
+    assert layer.experts[0].proj.in_features == 40
+    assert layer.experts[0].up.bias is None
     assert not unreached(model, lambda: model(ids, ids)[1])
 
 
@@ -563,9 +578,12 @@ def test_decoder_has_cross_attention_in_every_nth_block_behind_gates():
     close(block(x), x)
     memory = torch.randn(2, 7, 16)
     attended = block.cross_attn(block.cross_norm(x), memory.repeat_interleave(3, dim=0))
-    for gate in (0.0, 0.5):
-        block.cross_gate.data.fill_(gate)
-        close(block(x, memory), x + math.tanh(gate) * attended)
+    close(block(x, memory), x)  # the gate is shut at first
+    block.cross_gate.data.fill_(0.5)
+    expected = x + math.tanh(0.5) * attended
+    close(block(x, memory), expected)
+    block.drop.p = 0.5
+    assert not torch.allclose(block.train()(x, memory), expected)
 
 
 def test_decoder_output_does_not_depend_on_later_or_masked_positions():
@@ -591,6 +609,11 @@ def test_initial_weights_keep_the_size_of_activations_and_blocks_add_nothing():
             gain = 2 if p.ndim == 4 else 1
             std = 0.02 if name.endswith(small) else math.sqrt(gain / p[0].numel())
             assert abs(p.std() / std - 1) < 0.1, name
+    tiled = TiledViT(replace(tiny_vit(**TILED).config, across_layer=1))
+    assert not tiled.across[0].attn.proj.weight.any()
+    captioner = tiny_mllm(cross_every=1)
+    assert not captioner.connector.up.bias.any()
+    assert captioner.marker.weight.std() < 0.05
 
 
 # 6. vision ----------------------------------------------------------------------------------------
@@ -684,6 +707,10 @@ def test_missing_tiles_change_nothing():
     ids = torch.tensor([[IMAGE_ID, 1, 5, 6, 7]] * 5)
     logits = model(images, ids)[0]
     close(model(changed, ids)[0], logits)
+    after_a_word = F.pad(ids, (1, 0), value=5)
+    other = data.TiledImages(255 - images.pixels, images.layouts)
+    logits_of = lambda images: model(images, after_a_word)[0]
+    assert differences(logits_of(images), logits_of(other)) == "011111"
     changed.layouts[0] = 3  # four tiles instead of one
     assert differences(model(changed, ids)[0], logits) == "11111"
     assert not unreached(model, lambda: model(images, ids, ids.clamp(min=-1))[1])
@@ -709,6 +736,10 @@ def test_residual_stem_halves_the_image_and_doubles_the_channels():
     x = torch.randn(2, 8, 6, 6)
     close(block(x), x)
     assert gradients(block(x), block.layers[4].weight)[0].any()  # nothing at first, but it learns
+    conv1, norm1, _, conv2, norm2 = shake(block).layers
+    h = F.group_norm(F.conv2d(x, conv1.weight, padding=1), 1, norm1.weight, norm1.bias).relu()
+    h = F.group_norm(F.conv2d(h, conv2.weight, padding=1), 1, norm2.weight, norm2.bias)
+    close(block(x), x + h, 1e-4)
 
 
 def test_attention_pooling_is_a_weighted_mean_of_each_head():
@@ -740,6 +771,10 @@ def test_vit_interpolates_positions_for_other_sizes():
     close(large, large[:, :1, :1].expand(7, 7, 16))
     assert (large[:, 0, 0].diff() > 0).all()
     assert abs(large[3, 0, 0] - 1.5) < 1e-4
+    small = model.embed_patches(photos(1, 8))
+    grid = table.T.view(1, 16, 4, 4)
+    expected = F.interpolate(grid, (2, 2), mode="bicubic", antialias=True)
+    close(small, expected.flatten(2).transpose(1, 2))
 
 
 def test_patch_dropout_leaves_patches_out_in_training_and_only_there():
@@ -813,6 +848,8 @@ def test_gpt_initial_loss_ignored_targets_and_gradients():
         close(model(ids, some_targets)[1], expected)
         assert not unreached(model, lambda: model(ids, targets)[1])
         raises(AssertionError, "block_size=16", model, some_ids(1, 17))
+    plain = tiny_gpt(cross_every=1, norm="rms").state_dict()
+    assert not any(name.endswith("bias") for name in plain)
 
 
 def test_gpt_sees_the_order_of_earlier_tokens_and_no_later_ones():
@@ -856,6 +893,8 @@ def test_gpt_beyond_its_block_goes_on_from_the_newer_half():
             logits, _ = model(expected[:, start:])
             expected = torch.cat((expected, logits[:, -1:].argmax(dim=2)), dim=1)
         assert model.generate(ids, 20, temperature=0).equal(expected)
+        twice = torch.stack(list(model.stream(ids, 20, temperature=0, num_samples=2)), dim=1)
+        assert twice.equal(expected[:, ids.size(1) :].repeat_interleave(2, dim=0))
 
 
 def frequencies(**sampling):
@@ -872,7 +911,9 @@ def test_sample_next_follows_temperature_and_top_k():
     close(frequencies(top_k=2), best_two, 0.02)
     close(frequencies(top_k=9), p, 0.02)
     close(frequencies(top_p=0.7), best_two, 0.02)
-    assert frequencies(temperature=0)[0] == 1
+    for options in ({"temperature": 0}, {"top_k": 3, "top_p": 0.51}):
+        assert frequencies(**options)[0] == 1
+    assert frequencies(temperature=0.5, top_p=0.6)[0] == 1  # the nucleus at this temperature
 
 
 def test_sample_next_keeps_exactly_the_smallest_nucleus():
@@ -906,6 +947,8 @@ def test_gpt_fills_ended_rows_with_eos_and_stops_when_all_have_ended():
         (0, {}, "2 5"),
     ):
         assert digits(model.generate(ids, n, temperature=0, **options)) == expected
+    texts, _ = beam_search(model, (model.embedding(ids[1:]), None, None), 9, 1, 7)
+    assert digits(texts[0]) == "67"
 
 
 # 8. multimodal ------------------------------------------------------------------------------------
@@ -1052,6 +1095,8 @@ def test_generation_with_a_cache_equals_full_passes_and_rows_do_not_mix():
         embedded = model.embed(model.encode(images), prompts)
         one_beam, _ = beam_search(model.gpt, embedded, n, 1, -1)
         assert one_beam[:, 0].equal(expected)
+        best, second = model.generate(images[:-1], prompts[:1], 9, beams=2, num_captions=2)
+        assert not best.equal(second)
         beams = model.generate(images, prompts, 9, beams=2)
         first = model.generate(images[:-1], prompts[:1], 9, beams=2)
         second = model.generate(images[-1:], prompts[1:], 9, beams=2)
@@ -1062,6 +1107,8 @@ def test_samples_are_reproducible_and_share_the_reading_of_the_image():
     for cross_every, prompt in ((0, "IMG IMG IMG IMG 1"), (1, "IMG 1")):
         model = shake(tiny_mllm(cross_every=cross_every), 0.1).train()
         images = photos(3)
+        modes = []
+        model.vit.encoder.register_forward_hook(lambda encoder, *_: modes.append(encoder.training))
         torch.manual_seed(5)
         shared = model.generate(images, None, 19, 1.0, beams=2, num_captions=4)
         generator = torch.Generator().manual_seed(5)
@@ -1072,6 +1119,7 @@ def test_samples_are_reproducible_and_share_the_reading_of_the_image():
         ended = (shared == 2).cumsum(dim=1) > 0
         assert ended.any() and (shared[ended] == 2).all()
         assert all(module.training for module in model.modules())
+        assert modes and not any(modes)
 
 
 def test_a_wide_beam_search_finds_the_best_of_all_texts():
@@ -1087,6 +1135,9 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
             scores = model.log_probs(image[None], prompt, texts, mask).sum(dim=1)
             best = (scores / mask.sum(dim=1) ** penalty).topk(30).indices
             assert captions.equal(texts[best])
+        embedded = model.embed(model.encode(image[None]), prompt)
+        _, found = beam_search(model.gpt, embedded, 3, 200, 2, penalty)
+        close(found[0, :30], (scores / mask.sum(dim=1) ** penalty)[best], 1e-4)
 
 
 def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
@@ -1260,7 +1311,8 @@ def test_clip_text_is_the_mean_of_its_tokens_without_padding():
     x = model.embedding.weight[[1, 5, 2]] + model.position.positions[:3]
     mean = model.encoder(x[None]).mean(dim=1)
     expected = F.normalize(model.text_head(mean), dim=1)
-    close(model.embed_texts(table("1 5 2 0 0 0")), expected)
+    model.config.pad_id = 9
+    close(model.embed_texts(table("1 5 2 9 9 9")), expected)
 
 
 def test_word_shares_by_hand():
