@@ -1375,6 +1375,16 @@ def test_clip_learns_in_parts_what_it_learns_at_once():
             close(vit.learn_matching(model, photo_data, rows, step=0), expected)
         for p, gradient in zip(model.parameters(), gradients):
             close(p.grad, gradient)
+    photo_data["captions"] = [["a", "on the left"]] * 3
+    seen = set()
+    with (
+        mock.patch.multiple(vit, **settings),
+        mock.patch.object(vit, "augment_photos", wraps=vit.augment_photos) as augment,
+    ):
+        for step in range(9):
+            vit.learn_matching(model, photo_data, rows, step)
+            seen |= {caption for (caption,) in augment.call_args.args[1]}
+    assert seen == {"a", "on the left"}
 
 
 # metrics and reward -------------------------------------------------------------------------------
@@ -1480,7 +1490,7 @@ def test_an_evaluation_reports_what_its_names_say():
 
 
 def test_the_judge_says_how_surprising_each_token_of_a_caption_is():
-    language_model = shake(GPT(tiny_gpt_config(vocab_size=259)), 0.2)
+    language_model = shake(GPT(tiny_gpt_config(vocab_size=259, dropout=0.5)), 0.2)
     tokenizer = BPETokenizer([])
     checkpoint = {
         "config": asdict(language_model.config),
@@ -1554,13 +1564,13 @@ def test_rollouts_hold_samples_their_rewards_and_no_graph():
     captioner.gpt.embedding.weight.data[2] *= 3  # so that some texts end
     photo_data = {"images": photos(4), "tokenizer": BPETokenizer([])}
     one = {"question": "", "references": [], "ids": [IMAGE_ID] * 4 + [1]}
-    two = one | {"question": "left?", "images": [3, 0], "ids": [IMAGE_ID] * 8 + [1]}
+    two = one | {"references": ["left"], "images": [3, 0], "ids": [IMAGE_ID] * 8 + [1]}
     prompts = [one | {"images": [0]}, two, one | {"images": [3]}]
     augmentation = {
         "size": 0,
         "crop": 1.0,
         "jitter": 0.0,
-        "mirror": True,  # but no image that a question about left and right is about
+        "mirror": True,  # but no image of which a reference says left or right
     }
 
     def reward(texts, ended, rows):
@@ -1599,6 +1609,8 @@ def test_scst_accumulates_the_gradient_of_a_step():
     ):
         settings = config.override(vars(mllm), ["--image_size=16", "--n_drawn=40"])
         photo_data = mllm.load_samples("shapes", 16, 40, 1)
+        splits = photo_data["groups"].values()
+        assert sorted(group[0]["images"][0] for part in splits for group in part) == [*range(40)]
         captioner = shake(mllm.build_model(photo_data), 0.1)
         checkpoint = run.checkpoint("mllm", settings, captioner, [], step=0, asks=False)
         checkpoint["tokenizer"] = photo_data["tokenizer"].state()
@@ -1621,6 +1633,7 @@ def test_scst_accumulates_the_gradient_of_a_step():
             ):
                 raises(StopIteration, "", scst.main, argv)
             trained, _, loss, *_ = update.call_args.args
+            assert not trained.training
             steps.append([loss, *(p.grad for p in trained.parameters())])
     for whole, parts in zip(*steps, strict=True):
         assert whole.abs().max() > 1e-5
@@ -1914,8 +1927,10 @@ def test_photos_are_cropped_and_mirrored():
     is_mirrored = mirrored[:, 0, 0, 0] > 100
     assert 16 < is_mirrored.sum() < 48
     close(mirrored, torch.where(is_mirrored.view(64, 1, 1, 1), ramp.flip(-1), ramp), 1e-3)
-    sided = data.augment_photos(ramp, [["a dog", "on the left."]] * 64, 0.9, 0.0, True)
-    assert (sided[:, :, :, -1] > sided[:, :, :, 0]).all()
+    for side in ("left", "right"):
+        sided = data.augment_photos(ramp, [["a dog", f"on the {side}."]] * 64, 0.9, 0.0, True)
+        assert (sided[:, :, :, -1] > sided[:, :, :, 0]).all()
+    assert data.augment_photos(ramp + 90, plain, 1.0, 0.5, False).max() == 255
     half = data.augment_photos(ramp, plain, 1.0, 0.0, False, size=4)
     close(half, F.avg_pool2d(ramp, 2), 1e-3)
     cropped = data.augment_photos(ramp, plain, 0.25, 0.0, False)
@@ -1946,13 +1961,13 @@ def test_brightness_contrast_and_saturation_change_by_factors():
 
 def test_images_grow_in_equal_shares_of_the_run_to_their_full_size():
     for first_size, train_size, sizes in (
-        (32, 0, [32, 32, 40, 48, 56, 64, 64]),
-        (32, 48, [32, 32, 32, 40, 40, 48, 48]),
-        (64, 0, [64] * 7),
+        (32, 0, [32, 32, 40, 48, 56, 64, 64, 64]),
+        (32, 48, [32, 32, 32, 40, 40, 48, 48, 48]),
+        (64, 0, [64] * 8),
     ):
         changes = {"max_steps": 100, "image_size": 64, "patch_size": 8}
         with mock.patch.multiple(vit, first_size=first_size, train_size=train_size, **changes):
-            assert [vit.size_at(step) for step in (0, 17, 18, 40, 69, 71, 100)] == sizes
+            assert [vit.size_at(step) for step in (0, 17, 18, 40, 69, 70, 71, 100)] == sizes
 
 
 def write_safetensors(path, tensors, **changes):
@@ -2079,6 +2094,8 @@ def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
         args = "--vit_ckpt=hub/clip --gpt_ckpt=hub/gpt2 --image_size=24 --n_drawn=40 --beams=1"
         args += " --batch_size=4 --max_steps=1 --device=cpu --out_dir=out --max_tokens="
         mllm.main(f"{args}100".split())
+        loaded = mllm.load_captioner("out/sft.pt", "mllm", "cpu", "auto")
+        assert mllm.load_data(*loaded)["tokenizer"].vocab_size == 261
         raises(SystemExit, "hub/gpt2 has learnt fewer", mllm.main, f"{args}130".split())
         Path("hub/gpt2/merges.txt").write_text("! !")
         message = "do not number the merge ! ! alike"
@@ -2438,9 +2455,16 @@ def test_prompts_are_questions_with_all_their_references():
     ]
     assert shown(prompts[2]["ids"]) == "####what?<a cat>why<"
     written = ["dogs", "a cat", "", "yo"], [True] * 4
-    with mock.patch.object(mllm, "write_answers", return_value=written):
-        scores, _ = mllm.evaluate(None, photo_data | {"metric": "right"}, "val")
-    assert scores["right"] == 75
+    photo_data |= {"metric": "right", "groups": {"val": groups, "train": groups[1:]}}
+    with mock.patch.object(mllm, "write_answers", return_value=written) as write:
+        scores, _ = mllm.evaluate(None, photo_data, "val", beams=3)
+        assert write.call_args.kwargs == {"beams": 3}
+        assert scores["right"] == 75
+        with empty_workplace():
+            scores, _ = mllm.evaluate_all(None, photo_data, "val", 1, 0.6)
+    assert write.call_args.args[2] == answers.with_other_images(prompts)
+    assert scores["commonest, caption"] == 0  # there was none in training
+    assert sorted(sum(mllm.alike(prompts * 2, 1), [])) == [*range(8)]
 
 
 def test_other_images_are_as_many_and_never_the_own():
@@ -2517,11 +2541,12 @@ def test_a_step_has_some_samples_of_each_group():
     groups = [[{"ids": i * [0], "name": (i, k)} for k in range(4)] for i in range(6)]
     seen = []
     with mock.patch.multiple(mllm, batch_size=3, captions_per_photo=2):
-        for step in (0, 1):
+        for step in range(40):
             for group in mllm.get_groups(groups, step):
                 seen += [sample["name"] for sample in group]
-    assert len(set(seen)) == 12
-    assert Counter(i for i, _ in seen) == dict.fromkeys(range(6), 2)  # an epoch
+    assert Counter(i for i, _ in seen[:12]) == dict.fromkeys(range(6), 2)  # an epoch
+    assert len(set(seen[:12])) == 12
+    assert len(set(seen)) == 24
 
 
 def test_word_dropout_hides_words_alone():
@@ -2880,21 +2905,25 @@ def check_resume(name, best_name, column, best_of=max, n_updates=(3,)):
     for n in n_updates:
         effects = [mock.DEFAULT] * n + [KeyboardInterrupt]
         stage, _ = TOYS[name]
-        with mock.patch.object(stage, "update", wraps=optim.update, side_effect=effects):
+        with mock.patch.object(stage, "update", wraps=optim.update, side_effect=effects) as update:
             fails("stopped; --init_from=resume continues", name, options)
+        *_, factor, grad_clip = update.call_args.args
+        assert grad_clip == 1.0
         options = "--out_dir=out/again --init_from=resume"
+    assert 0 < factor < 1
     output_of(name, options)
     rows = log_of(name)
     assert {"0", "2", "4", "6"} <= {row["step"] for row in rows}
     assert log_of("again") == rows
     assert not changed(f"{name}/last", "again/last")
-    output_of(name, "--out_dir=out/quiet --eval_interval=3")
+    output_of(name, "--out_dir=out/quiet --eval_interval=4")
     assert not changed(f"{name}/last", "quiet/last")
     evaluated = [row for row in rows if row.get(column)]
     best = best_of(evaluated, key=lambda row: float(row[column]))
     checkpoint = saved(f"{name}/{best_name}")
     assert checkpoint["step"] == int(best["step"])
     assert abs(checkpoint["best"] - float(best[column])) < 1e-3
+    assert "'dropout': 0.0" not in str(checkpoint["config"])
 
 
 def test_gpt_resumes_and_writes():
@@ -2903,7 +2932,10 @@ def test_gpt_resumes_and_writes():
         loss = min(float(row["val"]) for row in log_of("gpt"))
         assert f"val loss {loss:.4f}" in output_of("gpt", "--eval_only=True")
         longer = output_of("gpt", "--eval_only=True --context=32 --yarn=2")
-        assert f"val loss {loss:.4f}" not in longer
+        plain = output_of("gpt", "--eval_only=True --context=32")
+        losses = {re.search("val loss .*", output)[0] for output in (longer, plain)}
+        assert len(losses | {f"val loss {loss:.4f}"}) == 3
+        assert "to\nbe" in output_of("gpt", r"--prompt='to\nbe'")
         fails("yarn is for a longer context", "gpt", "--eval_only=True --yarn=2")
         fails("data/mine has another tokenizer", "gpt", "--eval_only=True --dataset=mine")
         fails("'#' is not in the vocabulary", "gpt", "--prompt=#")
@@ -2915,6 +2947,20 @@ def test_gpt_resumes_and_writes():
         text = gpt.write_text(language, tokenizer_from_state(checkpoint["tokenizer"]), "to be")
         assert text.startswith("to be")
         assert output.endswith(text.rstrip("\ufffd") + "\n")  # without half a character
+        val, test = (
+            output_of("gpt", f"--dataset=mine --eval_only=True --eval_split={split}").split()[-1]
+            for split in ("val", "test")
+        )
+        assert val != test
+        for tokenizer, begin, end in ((CharTokenizer("a\n"), 0, -1), (BPETokenizer([]), 1, 2)):
+            with mock.patch.object(GPT, "stream", return_value=[]) as stream:
+                with mock.patch.multiple(gpt, temperature=0.5, top_k=7, top_p=0.9):
+                    gpt.write_text(language, tokenizer, "\n")
+            assert stream.call_args.args[0][0, 0] == begin
+            assert stream.call_args.args[2] == end
+            assert {"temperature": 0.5, "top_k": 7, "top_p": 0.9}.items() <= (
+                stream.call_args.kwargs.items()
+            )
 
 
 def test_gpt_batches_are_windows_from_everywhere():
@@ -2949,13 +2995,18 @@ def test_vit_resumes_and_classifies():
         classifier = vit.load_model(saved("vit/best")).eval()
         pixels = cifar["images"][train].float()
         close(classifier.pixel_mean.flatten(), pixels.mean(dim=(0, 2, 3)))
+        close(classifier.pixel_std.flatten(), pixels.std(dim=(0, 2, 3)))
         images = cifar["images"][test]
         logits = (classifier(images)[0] + classifier(images.flip(3))[0]) / 2
         close(vit.predict(classifier, images), logits)
         accuracy = 100 * (logits.argmax(dim=1) == labels).float().mean()
+        assert abs(float(log_of("vit")[-1]["test_accuracy"]) - accuracy) < 0.01
         expected = f"test_accuracy {accuracy:.4g}"
         assert expected in output_of("vit", "--eval_only=True --eval_split=test")
         assert output_of("vit", "--image=mine").count("%") == 40 * 5
+        with mock.patch.object(vit, "resize", wraps=vit.resize) as resize:
+            output_of("vit")
+        assert {call.args[1] for call in resize.call_args_list} == {16, 24, 32}
 
 
 def test_clip_resumes_and_matches():
@@ -2970,7 +3021,8 @@ def test_clip_resumes_and_matches():
             assert name.startswith("head.") or continued[f"vit.{name}"].equal(w)
         fails("has learnt task=clip", "vit", "--eval_only=True --out_dir=out/clip")
         output = output_of("clip", "--image=mine/3.png --texts='said b, Picture 3.'")
-        assert output.count("%") == 2
+        shares = map(float, re.findall(r"([\d.]+)%", output))
+        assert abs(sum(shares) - 100) < 0.2
         assert "picture 3 " in output
 
 
@@ -3013,6 +3065,10 @@ def test_mllm_and_scst_resume_and_caption():
         assert "starting from out/quiet/sft.pt" in output_of("scst", options)  # the newest
         assert parts_of(changed("quiet/sft", "more/last")) == {"vit", "connector", "gpt"}
         check_resume("scst", "scst", "val_cider")
+        output_of("scst", "--lr=0.1 --out_dir=out/far")
+        far = log_of("far")[-1]
+        for name in ("shuffled", "length", "distinct"):
+            assert far[f"before_test_{name}"] == log_of("mllm")[-1][f"test_{name}"]
         assert parts_of(changed("mllm/sft", "scst/last")) == {"connector", "gpt"}
         for name in ("mllm", "scst"):
             for options in ("", "--temperature=1.0 --beams=1"):
@@ -3055,8 +3111,11 @@ def test_align_trains_what_no_checkpoint_brought():
             assert parts_of(changed("begun/last", "frozen/last")) == {"connector", "gpt"} | new
             tuned = parts_of(changed("begun/last", "tuned/last"))
             assert tuned == {"vit", "connector", "gpt"} | new
-        options = "--sft_dir=out/tuned --max_surprise=6 --max_steps=2"
-        assert "val_surprising" in output_of("scst", options)
+        for limit in (0, 6):
+            options = f"--sft_dir=out/tuned --max_surprise={limit} --max_steps=2"
+            with mock.patch.object(scst, "Reward", wraps=scst.Reward) as reward:
+                assert "val_surprising" in output_of("scst", options)
+            assert (reward.call_args.args[-1] is not None) == (limit > 0)
 
 
 def test_features_of_a_frozen_vit_are_those_of_each_step():
@@ -3068,8 +3127,14 @@ def test_features_of_a_frozen_vit_are_those_of_each_step():
         output_of("mllm", plain)
         output_of("mllm", f"{plain} --train_size=24 --out_dir=out/anew")  # the same view
         check_losses("mllm", "anew")
-        output_of("mllm", f"{plain} --jitter=0.5 --out_dir=out/jittered")
-        assert log_of("jittered") != log_of("mllm")
+        assert not any("gate" in name for name in saved("mllm/last")["model"])
+        losses = {log_of("mllm")[1]["train"]}
+        changes = ("jitter=0.5", "crop=0.5", "mirror=True", "label_smoothing=0.5")
+        changes += ("patch_dropout=0.5", "word_dropout=0.9")
+        for change in changes:
+            output_of("mllm", f"{plain} --{change} --max_steps=2 --out_dir=out/changed")
+            losses.add(log_of("changed")[1]["train"])
+        assert len(losses) == 1 + len(changes)
 
 
 def test_conversations_are_learnt_and_continued():
