@@ -169,7 +169,7 @@ def my_share(batch):
 
 def sum_over_processes(value, device):
     """Return the sum of a number over all processes."""
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+    total = torch.tensor(float(value), device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
