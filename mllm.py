@@ -27,13 +27,12 @@ import torch
 
 import config
 from config.tools import answers, run
-from config.tools.data import augment_photos, caption_samples, load_groups, to_images
+from config.tools.data import augment_photos, load_groups
 from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
 from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_part
-from config.tools.questions import draw_conversations
-from config.tools.shapes import draw_shapes, draw_wide
+from config.tools.questions import draw_dataset
 from model import (
     IGNORE_INDEX,
     IMAGE_ID,
@@ -50,7 +49,7 @@ from model import (
 out_dir = "out/shapes"  # checkpoints, log and pictures
 init_from = "scratch"  # or "resume": continue from out_dir/last.pt
 eval_only = False  # evaluate out_dir/sft.pt and stop
-eval_split = "val"  # what eval_only evaluates: train, val or test
+eval_split = "val"  # what eval_only evaluates: train, val, test or sketches
 image = ""  # caption this file, folder or URL and stop; a.png,b.png: both together
 prompt = ""  # ask this about image instead of captioning it
 chat = False  # talk about image in the terminal, turn by turn
@@ -60,8 +59,8 @@ dtype = "auto"  # bfloat16 where the hardware has instructions for it, else floa
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 dataset = "shapes"  # or questions or wide, also drawn; or a folder under data/, such as flickr8k
-n_drawn = 10000  # images, or groups of them, to draw; up to 500 each for val and test
-image_size = 48  # pixels a side that the model sees
+n_drawn = 25000  # images, or groups of them, to draw; up to 500 each for val and test
+image_size = 64  # pixels a side that the model sees
 max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles; needs fusion=cross
 train_size = 0  # pixels a side of a training photo: things look larger in crops; 0: image_size
 crop = 1.0  # smallest share of the area of a training photo that is seen; 1 if captions name places
@@ -75,16 +74,17 @@ max_tokens = 40  # longest text of a sample with the most images; longer samples
 # model: a checkpoint brings its own architecture
 vit_ckpt = ""  # checkpoint of stage 1, or openai/clip-vit-base-patch16, or its folder; empty: new
 gpt_ckpt = ""  # checkpoint of stage 2 on the same captions, or gpt2, or its folder; empty: new
-fusion = "prefix"  # image tokens stand before the words; or cross: the words attend to them
+fusion = "cross"  # the words attend to the image tokens; or prefix: these stand before the words
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
-connector = "mlp"  # or linear; pixel_shuffle: a quarter of the image tokens
+connector = "linear"  # or mlp; pixel_shuffle: a quarter of the image tokens
 patch_size = 8  # pixels a side of a patch
-vit_layer = 3  # blocks of the ViT
+stem = "instance"  # how pixels become patches: instance, residual or patch, see PatchEmbedding
+vit_layer = 2  # blocks of the ViT
 vit_head = 4  # its attention heads
 vit_embd = 128  # its channels
 across_layer = 0  # with tiles: further blocks in which all tiles of an image attend to each other
 keep_blocks = ()  # with tiles: outputs of these blocks go to the connector too, such as 0,1
-gpt_layer = 3  # blocks of the GPT
+gpt_layer = 2  # blocks of the GPT
 gpt_head = 4  # its attention heads
 gpt_embd = 128  # its channels
 gpt_norm = "layer"  # or rms
@@ -97,8 +97,9 @@ label_smoothing = 0.0  # share of the target that is spread over all words, in t
 # optimization
 align_share = 0.0  # part of the run for the phase align
 train_vit = True  # the phase sft trains the ViT too
-max_steps = 600  # length of the run
+max_steps = 1600  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
+conv_lr = 0.1  # the same of convolutions; 0: AdamW
 adam_lr = 2e-3  # peak rate of everything else
 weight_decay = 0.05  # of matrices and embeddings, relative to the rate
 warmup_steps = 50  # steps in which the rate rises to its peak, in each phase
@@ -128,26 +129,12 @@ def texts_of(sample):
 
 def load_samples(dataset, image_size, n_drawn, max_tiles):
     """Return {images: (n, 3, image_size, image_size) uint8, or TiledImages; image_size; groups:
-    {train, val, test: lists of groups}; drawn: whether images are drawn here; asks: whether there
-    are questions; metric: the score that chooses the best checkpoint; tokenizer}."""
+    {train, val, test, and of drawn images sketches: lists of groups}; drawn: whether images are
+    drawn here; asks: whether there are questions; metric: the score that chooses the best
+    checkpoint; tokenizer}."""
     drawn = dataset in ("shapes", "wide", "questions")
     if drawn:
-        if dataset == "questions":
-            images, groups = draw_conversations(n_drawn, image_size, seed=0)
-        else:
-            images, captions = (
-                draw_shapes(n_drawn, image_size, 0)
-                if dataset == "shapes"
-                else draw_wide(n_drawn, 0)
-            )
-            groups = [caption_samples(i, texts) for i, texts in enumerate(captions)]
-        images = (
-            to_images(images, image_size, max_tiles)
-            if dataset == "wide"
-            else torch.from_numpy(images)
-        )
-        n = min(n_drawn // 20, 500)
-        groups = {"train": groups[2 * n :], "val": groups[:n], "test": groups[n : 2 * n]}
+        images, groups = draw_dataset(dataset, n_drawn, image_size, max_tiles)
         texts = (text for group in groups["train"] for sample in group for text in texts_of(sample))
         tokenizer = BPETokenizer.train(texts, 600)  # an id for every word
     else:
@@ -352,8 +339,9 @@ def alike(prompts, batch_size=250):
 
 @torch.no_grad()
 def write_answers(model, data, prompts, **decoding):
-    """Return the model's answers to prompts, a list of str, and whether it ended each, a list of
-    bool. Greedy, unless decoding, further arguments of MLLM.generate(), says otherwise."""
+    """Return the model's answers to prompts, a list of str; whether it ended each, a list of bool;
+    and their log-probabilities per token, a list of float. Greedy, unless decoding, further
+    arguments of MLLM.generate(), says otherwise."""
     images = sorted({i for prompt in prompts for i in prompt["images"]})
     device = run.device_of(model)
     tokens = torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
@@ -361,17 +349,19 @@ def write_answers(model, data, prompts, **decoding):
         tokens = in_batches(model, model.encode, data["images"][images])
     place = {image: k for k, image in enumerate(images)}
     tokenizer = data["tokenizer"]
-    texts, ended = [""] * len(prompts), [False] * len(prompts)
+    texts, ended, log_ps = [""] * len(prompts), [False] * len(prompts), [0.0] * len(prompts)
     for rows in alike(prompts):
         ids = torch.tensor([prompts[i]["ids"] for i in rows], device=device)
         own = tokens[[place[image] for i in rows for image in prompts[i]["images"]]]
-        with run.autocast(model):
-            written = model.generate(own, ids, model.config.gpt.block_size, **decoding).tolist()
-        for i, row in zip(rows, written):
+        with evaluating(model), run.autocast(model):
+            written = model.generate(own, ids, model.config.gpt.block_size, **decoding)
+            _, log_p = answers.log_p_of(model, own, ids, written)
+        for i, row, value in zip(rows, written.tolist(), log_p.tolist()):
             texts[i] = tokenizer.decode(row)
             ended[i] = tokenizer.eos_id in row
+            log_ps[i] = value
         run.show_progress(f"answering {len(prompts)} prompts")
-    return texts, ended
+    return texts, ended, log_ps
 
 
 @torch.no_grad()
@@ -398,14 +388,16 @@ def validation_loss(model, data, split, batch_size=250):
 
 
 def evaluate(model, data, split, **decoding):
-    """Return the scores of the answers to all prompts of a split: those of caption_scores(), and
-    for drawn images and questions the share of right answers; and the answers."""
+    """Return the scores of the answers to all prompts of a split: those of caption_scores(), for
+    drawn images and questions the share of right answers, and the log-probability per token that
+    99.9% of the answers exceed; and the answers."""
     prompts = prompts_of(data, split)
-    texts, ended = write_answers(model, data, prompts, **decoding)
+    texts, ended, log_ps = write_answers(model, data, prompts, **decoding)
     scores = caption_scores(texts, ended, [prompt["references"] for prompt in prompts])
     if data["metric"] == "right":
         n_right = sum(map(answers.is_right, prompts, texts))
         scores["right"] = 100 * n_right / len(prompts)
+    scores["low_log_p"] = torch.tensor(log_ps).quantile(0.001).item()
     return scores, texts
 
 
@@ -418,7 +410,7 @@ def evaluate_all(model, data, split, beams, length_penalty):
         scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
     if "right" in scores:
         prompts = prompts_of(data, split)
-        other_images, _ = write_answers(model, data, answers.with_other_images(prompts))
+        other_images, *_ = write_answers(model, data, answers.with_other_images(prompts))
         commonest = answers.commonest_answers(prompts, prompts_of(data, "train"))
         columns = {"right": texts, "other images": other_images, "commonest": commonest}
         scores |= answers.print_kinds(prompts, columns)
@@ -432,7 +424,7 @@ def build_model(data):
     """Return a new MLLM for the samples of data, with the ViT and the GPT of vit_ckpt and gpt_ckpt
     if there are any."""
     tokenizer = data["tokenizer"]
-    vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd)
+    vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, stem=stem)
     gpt_config = GPTConfig(
         tokenizer.vocab_size,
         0,
@@ -570,7 +562,7 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
     device = run.device_of(model)
     tokenizer = data["tokenizer"]
     freeze(model, phase)
-    optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+    optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, conv_lr)
     step, best = first_step, -math.inf
     if resumed:
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
@@ -597,6 +589,7 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
                     scores, texts = evaluate(model, data, "val")
                     row |= {f"val_{name}": value for name, value in scores.items()}
                     score = scores[data["metric"]]
+                    about["low_log_p"] = scores["low_log_p"]
                 run.log(out, row, BRIEF)
                 is_best, best = score > best, max(score, best)
                 about |= {"step": step, "seconds": seconds, "best": best}
@@ -685,8 +678,11 @@ def main(argv=None):
     if run.is_main():
         plot(out, right=(f"val_{data['metric']}",))
         model.load_state_dict(run.load(out / "sft.pt", "mllm")["model"])
-        scores, _ = evaluate_all(model, data, "test", beams, length_penalty)
-        row = {"step": max_steps} | {f"test_{name}": value for name, value in scores.items()}
+        row = {"step": max_steps}
+        for split in ("test", "sketches"):
+            if split in data["groups"]:
+                scores, _ = evaluate_all(model, data, split, beams, length_penalty)
+                row |= {f"{split}_{name}": value for name, value in scores.items()}
         run.log(out, row, [name for name in row if "," not in name and name != "step"])
         print(
             f"best validation {data['metric']} {best:.2f} after {seconds / 60:.1f} minutes; "

@@ -321,6 +321,7 @@ def main(argv=None):
                 run.log(out, row | {"minutes": seconds / 60}, BRIEF)
                 is_best, best = scores[metric] > best, max(scores[metric], best)
                 about |= {"step": step, "seconds": seconds, "best": best}
+                about["low_log_p"] = scores["low_log_p"]  # for a hint, see answers.answer_files()
                 checkpoint = run.checkpoint("scst", settings, model, optimizers, **about)
                 if is_best:
                     run.save(out / "scst.pt", checkpoint)

@@ -8,6 +8,7 @@ says breaks.
 """
 
 import ast
+import colorsys
 import contextlib
 import copy
 import csv
@@ -60,6 +61,7 @@ from config.tools import (
     questions,
     run,
     shapes,
+    sketches,
 )
 from config.tools.metrics import bleu, cider, words_of
 from model import (
@@ -86,7 +88,6 @@ from model import (
     MultiHeadAttention,
     PatchEmbedding,
     PixelShuffleConnector,
-    ResidualConv,
     RotaryEmbedding,
     SinusoidalPositionalEncoding,
     TiledViT,
@@ -401,14 +402,6 @@ def test_hand_written_attention_equals_fused_in_outputs_and_gradients():
             results.append((out, *gradients(out, x, *layer.parameters())))
         for fused, by_hand in zip(*results):
             close(fused, by_hand, 1e-4)
-
-
-def test_attention_in_bfloat16_is_close_to_float32():
-    layer = shake(MultiHeadAttention(32, 4), 0.1)
-    x = torch.randn(2, 9, 32)
-    expected = layer(x, causal=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        close(layer(x, causal=True).float(), expected, 0.02)
 
 
 def test_cached_attention_equals_one_full_pass():
@@ -726,21 +719,22 @@ def test_patch_embedding_equals_unfold_and_a_matrix():
     raises(AssertionError, "stem=dense", PatchEmbedding, 8, 16, "dense")
 
 
-def test_residual_stem_halves_the_image_and_doubles_the_channels():
-    layer = PatchEmbedding(8, 16, "residual")
-    assert layer(torch.randn(2, 3, 32, 32)).shape == (2, 16, 16)
-    convs = [conv for conv in layer.modules() if isinstance(conv, nn.Conv2d)]
-    assert [conv.out_channels for conv in convs] == [4, 8, 8, 8, 16, 16, 16, 16]
-    for patch_size in (1, 6, 32):
-        raises(AssertionError, "patch_size", PatchEmbedding, patch_size, 16, "residual")
-    block = ResidualConv(8)
+def test_stems_halve_the_image_and_double_the_channels():
     x = torch.randn(2, 8, 6, 6)
-    close(block(x), x)
-    assert gradients(block(x), block.layers[4].weight)[0].any()  # nothing at first, but it learns
-    conv1, norm1, _, conv2, norm2 = shake(block).layers
-    h = F.group_norm(F.conv2d(x, conv1.weight, padding=1), 1, norm1.weight, norm1.bias).relu()
-    h = F.group_norm(F.conv2d(h, conv2.weight, padding=1), 1, norm2.weight, norm2.bias)
-    close(block(x), x + h, 1e-4)
+    for stem, groups in (("residual", 1), ("instance", 8)):
+        layer = PatchEmbedding(8, 16, stem)
+        assert layer(torch.randn(2, 3, 32, 32)).shape == (2, 16, 16)
+        convs = [conv for conv in layer.modules() if isinstance(conv, nn.Conv2d)]
+        assert [conv.out_channels for conv in convs] == [4, 8, 8, 8, 16, 16, 16, 16]
+        raises(AssertionError, f"{stem}: patch_size", PatchEmbedding, 6, 16, stem)
+        block = layer.stem[6]
+        assert block(x).equal(x) == (stem == "residual")
+        assert gradients(block(x), *block.parameters())[-2].any()  # it learns to add something
+        conv1, norm1, _, conv2, norm2 = shake(block).layers
+        h = F.conv2d(x, conv1.weight, padding=1)
+        h = F.group_norm(h, groups, norm1.weight, norm1.bias).relu()
+        h = F.conv2d(h, conv2.weight, padding=1)
+        close(block(x), x + F.group_norm(h, groups, norm2.weight, norm2.bias), 1e-4)
 
 
 def test_attention_pooling_is_a_weighted_mean_of_each_head():
@@ -772,10 +766,6 @@ def test_vit_interpolates_positions_for_other_sizes():
     close(large, large[:, :1, :1].expand(7, 7, 16))
     assert (large[:, 0, 0].diff() > 0).all()
     assert abs(large[3, 0, 0] - 1.5) < 1e-4
-    small = model.embed_patches(photos(1, 8))
-    grid = table.T.view(1, 16, 4, 4)
-    expected = F.interpolate(grid, (2, 2), mode="bicubic", antialias=True)
-    close(small, expected.flatten(2).transpose(1, 2))
 
 
 def test_patch_dropout_leaves_patches_out_in_training_and_only_there():
@@ -923,17 +913,6 @@ def test_sample_next_keeps_exactly_the_smallest_nucleus():
         assert digits(frequencies(top_p=top_p).nonzero().T) == ids, top_p
     rows = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()  # each has a nucleus of its own
     assert sample_next(rows.repeat(100, 1), top_p=0.7).tolist() == [0, 1] * 100
-
-
-def test_gpt_sampling_with_a_generator_is_reproducible_and_leaves_the_global_one_alone():
-    model = tiny_gpt()
-    ids = some_ids(3, 4)
-    state = torch.get_rng_state()
-    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
-    first, again, other = [model.generate(ids, 12, generator=g) for g in generators]
-    assert torch.get_rng_state().equal(state)
-    assert first.equal(again)
-    assert not first.equal(other)
 
 
 def test_gpt_fills_ended_rows_with_eos_and_stops_when_all_have_ended():
@@ -1580,7 +1559,7 @@ def test_rollouts_hold_samples_their_rewards_and_no_graph():
 
     # without dropout, although in training
     answered = mllm.write_answers(captioner.train(), photo_data, prompts)
-    greedy_rewards = reward(*answered, [0, 1, 2])
+    greedy_rewards = reward(*answered[:2], [0, 1, 2])
     captioner.eval()
     for train_vit, baseline in ((True, "greedy"), (False, "leave_one_out")):
         with mock.patch.multiple(scst, train_vit=train_vit, baseline=baseline, samples=3):
@@ -1596,49 +1575,6 @@ def test_rollouts_hold_samples_their_rewards_and_no_graph():
             close(part.rewards.flatten(), reward(texts, ended, np.repeat(rows, 3)))
             compared = greedy_rewards[rows] if train_vit else None
             close(part.advantages, scst.advantages(part.rewards, compared).flatten())
-
-
-def test_scst_accumulates_the_gradient_of_a_step():
-    def likely(logits, temperature=0.0, **_):
-        return logits.topk(2).indices[:, int(temperature > 0)]  # samples are not greedy
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-        mock.patch.dict(vars(mllm)),
-        mock.patch.object(model, "sample_next", likely),
-    ):
-        settings = config.override(vars(mllm), ["--image_size=16", "--n_drawn=40"])
-        photo_data = mllm.load_samples("shapes", 16, 40, 1)
-        splits = photo_data["groups"].values()
-        assert sorted(group[0]["images"][0] for part in splits for group in part) == [*range(40)]
-        captioner = shake(mllm.build_model(photo_data), 0.1)
-        checkpoint = run.checkpoint("mllm", settings, captioner, [], step=0, asks=False)
-        checkpoint["tokenizer"] = photo_data["tokenizer"].state()
-        run.save(f"{folder}/sft.pt", checkpoint)
-        argv = [
-            f"--sft_dir={folder}",
-            f"--out_dir={folder}/scst",
-            "--device=cpu",
-            "--dtype=float32",
-            "--batch_size=4",
-            "--bleu_weight=1",
-            "--train_vit=True",
-        ]
-        steps = []
-        for accumulation in (1, 2):
-            argv.append(f"--accumulation={accumulation}")
-            with (
-                mock.patch.dict(vars(scst)),
-                mock.patch.object(scst, "update", side_effect=StopIteration) as update,
-            ):
-                raises(StopIteration, "", scst.main, argv)
-            trained, _, loss, *_ = update.call_args.args
-            assert not trained.training
-            steps.append([loss, *(p.grad for p in trained.parameters())])
-    for whole, parts in zip(*steps, strict=True):
-        assert whole.abs().max() > 1e-5
-        close(whole, parts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1741,7 +1677,7 @@ main()
     folder = Path(gpt.__file__).parent
     command = f"cd {folder} && RANK=1 {sys.executable} -c '{source}'"
     status, output = subprocess.getstatusoutput(command)
-    assert (status, output) == (1, "error: it broke (process 1)")
+    assert (status, output) == (1, "error: it broke")
 
 
 def test_checkpoints_are_moved_into_place():
@@ -1815,7 +1751,7 @@ def test_the_number_type_is_one_that_the_hardware_has_instructions_for():
             mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: feature == "amx"),
             mock.patch.object(torch.cuda, "is_bf16_supported", lambda **_: feature == "cuda"),
         ):
-            assert run.pick_dtype("auto", torch.device(device)) == dtype, row
+            assert run.pick_dtype("auto", torch.device(device)) == getattr(torch, dtype), row
     run.pick_device("auto")  # an unavailable one would end the run
     layer = run.place(nn.Linear(2, 2), "cpu", "bfloat16")
     with run.autocast(layer):
@@ -1877,33 +1813,35 @@ def test_update_sums_over_processes_clips_and_steps():
 
 
 def test_muon_is_that_of_torch():
-    for shape in ((24, 8), (8, 24), (16, 16)):
+    for shape in ((24, 8), (8, 24), (16, 16), (6, 2, 3, 3)):  # the last one is a convolution's
         ours = nn.Parameter(torch.randn(shape))
-        theirs = copy.deepcopy(ours)
-        our_muon = optim.Muon([ours], 0.1, 0.5, torch.bfloat16)
+        theirs = nn.Parameter(ours.detach().flatten(1))
+        our_muon = optim.Muon([{"params": [ours], "lr": 0.1}], 0.5, torch.bfloat16)
         their_muon = torch.optim.Muon([theirs], 0.1, 0.5)
         for _ in range(3):
-            ours.grad = theirs.grad = torch.randn(shape)
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.flatten(1)
             our_muon.step()
             their_muon.step()
-            assert ours.equal(theirs)
+            assert ours.flatten(1).equal(theirs)
 
 
 def test_optimizers_take_every_parameter_once_and_muon_the_matrices_of_the_blocks():
     clip_vit = ViTConfig(8, 4, n_layer=1, n_head=2, n_embd=8, n_classes=0)
     clip = CLIP(CLIPConfig(clip_vit, 20, 6, n_layer=1, n_head=2, n_embd=8, n_shared=12))
     clip.position.requires_grad_(False)
-    muon, adam = optim.make_optimizers(clip, 0.01, 0.001, 0.1)
-    groups = muon.param_groups + adam.param_groups
     names = {p: name for name, p in clip.named_parameters() if p.requires_grad}
-    hidden, matrices, vectors = (group["params"] for group in groups)
-    taken = [names[p] for p in [*hidden, *matrices, *vectors]]
-    assert sorted(taken) == sorted(names.values())
-    assert len(hidden) == 4 + 4 + 1
-    assert [names[p] for p in hidden if "blocks.0." not in names[p]] == ["vit.pool.score.weight"]
-    assert min(p.ndim for p in matrices) == 2 and max(p.ndim for p in vectors) == 1
-    assert [group["peak_lr"] for group in groups] == [0.01, 0.001, 0.001]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
+    muon, adam = optim.make_optimizers(clip, 0.01, 0.001, 0.2, 0.1)
+    rates = {names[p]: group["peak_lr"] for group in muon.param_groups for p in group["params"]}
+    matrices, vectors = (group["params"] for group in adam.param_groups)
+    assert sorted([*rates, *(names[p] for p in matrices + vectors)]) == sorted(names.values())
+    convolutions = {name for name, rate in rates.items() if rate == 0.1}
+    assert convolutions == {name for p, name in names.items() if p.ndim == 4}
+    hidden = [name for name, rate in rates.items() if rate == 0.01]
+    assert len(hidden) == 4 + 4 + 1 and "vit.pool.score.weight" in hidden
+    assert min(p.ndim for p in matrices) == 2 > max(p.ndim for p in vectors)
+    groups = adam.param_groups
+    assert [(g["peak_lr"], g["weight_decay"]) for g in groups] == [(0.001, 0.2), (0.001, 0.0)]
     (adam,) = optim.make_optimizers(clip, 0.0, 0.001, 0.1)
     assert sum(len(group["params"]) for group in adam.param_groups) == len(names)
     run.place(clip, "cpu", "bfloat16")
@@ -2158,28 +2096,72 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
 # drawn images and questions, images that a user points to
 
 
-def check_colours(image, things):
-    """Assert that in an image of 48 pixels the middle of each thing's place has its colour."""
-    for _, colour, _, place in things:
-        row, column = divmod(shapes.PLACES.index(place), 3)
-        pixel = image[:, 8 + 16 * row, 8 + 16 * column].astype(int)
-        assert np.abs(pixel - shapes.COLOURS[colour]).max() < 60
+PLAIN = {name: shapes.random_colour(name, np.random.default_rng(116)) for name in shapes.COLOURS}
+
+
+@contextlib.contextmanager
+def plain_drawings():
+    """Let everything be drawn in one colour per name, on black paper."""
+
+    def black(*_):
+        return shapes.Paper(np.zeros((2, 3)), 0.0, 0.0, 0.0, True)
+
+    colours = {name: ("#%02x%02x%02x" % rgb,) for name, rgb in PLAIN.items()}
+    with (
+        mock.patch.multiple(shapes, random_colour=lambda name, _: PLAIN[name], random_paper=black),
+        mock.patch.object(questions, "random_paper", black),
+        mock.patch.multiple(sketches, COLOURS=colours, PAPERS=("black",)),
+    ):
+        yield
+
+
+def pixels_of(image, colour):
+    """Return the rows and columns (n, 2) of the pixels of a plain drawing with this colour."""
+    difference = image.astype(int) - np.reshape(PLAIN[colour], (3, 1, 1))
+    return np.argwhere(np.abs(difference).max(axis=0) < 50)
 
 
 def test_drawn_images_show_what_their_five_captions_say():
-    images, captions = shapes.draw_shapes(40, 48, seed=1)
-    assert np.array_equal(images, shapes.draw_shapes(40, 48, seed=1)[0])
-    for image, texts in zip(images, captions, strict=True):
+    areas = {"circle": 3.14, "square": 3.24, "triangle": 1.57, "star": 1.62, "cross": 2.15}
+    n_measured = 0
+    with plain_drawings():
+        assert np.array_equal(shapes.draw_shapes(5, 48, 1)[0], shapes.draw_shapes(5, 48, 1)[0])
+        images, captions = shapes.draw_shapes(150, 96, seed=1)
+        sketched, more_captions = shapes.draw_shapes(150, 96, 1, sketches.sketch)
+    for image, texts in zip([*images, *sketched], captions + more_captions, strict=True):
         things = shapes.attributes(texts[0])
         assert list(map(shapes.attributes, texts)) == [things] * 5
-        assert len(set(texts)) == 5 and len(things) in (1, 2)
-        check_colours(image, things)
+        assert len(set(texts)) == 5
+        if len({colour for _, colour, *_ in things}) < len(things):
+            continue
+        for size, colour, shape, place in things:
+            pixels = pixels_of(image, colour)
+            row, column = (pixels.mean(axis=0) // 32).astype(int)
+            assert shapes.PLACES[3 * row + column] == place, texts[0]
+            if pixels.min() > 0 and pixels.max() < 95:  # the edge of the image hides nothing
+                radius = math.sqrt(len(pixels) / areas[shape]) / 96
+                low, high = shapes.RADII[size]
+                assert 0.8 * low < radius < 1.1 * high, (texts[0], radius)
+                n_measured += 1
+    assert n_measured > 100
     assert shapes.attributes("a small red circle") == []
-    areas = {"circle": 3.14, "square": 3.24, "triangle": 1.57, "star": 1.62, "cross": 2.15}
-    for shape, area in areas.items():  # in units of the squared radius, which is 30 pixels
-        look = shapes.Look(np.array([0.5, 0.5]), 0.3, (255, 255, 255), shape)
-        image = shapes.draw([look], (0, 0, 0), 100)
-        assert abs(image[0].sum() / 255 / 30**2 - area) < 0.05
+
+
+def test_colours_keep_their_names_and_differ_from_the_paper():
+    rng = np.random.default_rng(0)
+    hues = sorted(colour[:2] for colour in shapes.COLOURS.values())
+    assert all(end + 5 < start for (_, end), (start, _) in itertools.pairwise(hues))
+    for name, (low, high, saturation, value) in shapes.COLOURS.items():
+        for _ in range(50):
+            h, s, v = colorsys.rgb_to_hsv(*(x / 255 for x in shapes.random_colour(name, rng)))
+            assert (h * 360 - low + 3) % 360 < high - low + 6
+            assert s > saturation - 0.02 and v > value - 0.02
+    for _ in range(50):
+        looks = shapes.looks_of(shapes.random_things(1, 5, rng), rng)
+        paper = shapes.random_paper(looks, rng)
+        empty = shapes.draw([], paper._replace(grain=0.0, noise=0.0), 8, rng).reshape(3, -1).T
+        for look in looks:
+            assert np.linalg.norm(empty - look.fill, axis=1).min() > shapes.CONTRAST - 3
 
 
 def named_in(question):
@@ -2192,11 +2174,11 @@ def named_in(question):
 
 def test_answers_about_one_image_are_right():
     """Work out every answer again, from the caption and what the question names."""
-    _, groups = questions.draw_conversations(400, 48, seed=2)
+    _, groups = questions.draw_conversations(400, 20, 16, seed=2)
     numbers = "none one two three four".split()
     steps = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
     checked = Counter()
-    for group in groups[::8] + groups[1::8]:
+    for group in groups[:400:8] + groups[1:400:8] + groups[400::5]:
         caption = group[0]["messages"][1]["content"]
         things = [shapes.Thing(*thing) for thing in shapes.attributes(caption)]
         things.sort(key=lambda thing: shapes.PLACES.index(thing.place))
@@ -2263,14 +2245,9 @@ def test_answers_about_two_images_are_right():
 
 
 def test_clips_show_what_their_answers_say():
-    images, groups = questions.draw_conversations(200, 64, seed=3)
+    with plain_drawings():
+        images, groups = questions.draw_conversations(200, 0, 64, seed=3)
     seen = Counter()
-
-    def pixels(i, colour):
-        """Return the rows and columns (n, 2) of image i with about this colour."""
-        difference = images[i].astype(int) - np.reshape(shapes.COLOURS[colour], (3, 1, 1))
-        return np.argwhere(np.abs(difference).max(axis=0) < 30)
-
     for group in groups[5::8] + groups[6::8] + groups[7::8]:
         text = group[0]["messages"][1]["content"]
         sentences = text.split(", then ")
@@ -2281,15 +2258,15 @@ def test_clips_show_what_their_answers_say():
             assert article == ("a" if event == "appears" else "the")
             if text.count(colour) > 1:
                 continue
-            before, after = pixels(first, colour), pixels(last, colour)
+            before, after = pixels_of(images[first], colour), pixels_of(images[last], colour)
             growth = len(after) - len(before)
             if event == "moves":
                 down, right = after.sum(axis=0) - before.sum(axis=0)
                 shifts = {"left": -right, "right": right, "up": -down, "down": down}
                 assert [max(shifts, key=shifts.get)] == direction, sentence
-                assert abs(growth) < 20
+                assert abs(growth) < 0.5 * len(before)
             else:
-                assert (-growth if event == "vanishes" else growth) > 30, sentence
+                assert (-growth if event == "vanishes" else growth) > 10, sentence
             seen[event] += 1
         for sample in group[1:]:
             (_, question), (_, answer, kind) = map(dict.values, sample["messages"])
@@ -2440,7 +2417,7 @@ def test_samples_longer_than_the_context_are_left_out_and_counted():
 
 def test_prompts_are_questions_with_all_their_references():
     groups = [
-        mllm.caption_samples(3, ["a dog", "dogs"]),
+        data.caption_samples(3, ["a dog", "dogs"]),
         [sample_of([1], "<image>what?", "a cat", "why", "so")],
         [sample_of([], "hi", "yo")],
     ]
@@ -2455,12 +2432,12 @@ def test_prompts_are_questions_with_all_their_references():
         [[], "hi", "question", ["yo"]],
     ]
     assert shown(prompts[2]["ids"]) == "####what?<a cat>why<"
-    written = ["dogs", "a cat", "", "yo"], [True] * 4
+    written = ["dogs", "a cat", "", "yo"], [True] * 4, [-2.0, -1.0, 0.0, 0.0]
     photo_data |= {"metric": "right", "groups": {"val": groups, "train": groups[1:]}}
     with mock.patch.object(mllm, "write_answers", return_value=written) as write:
         scores, _ = mllm.evaluate(None, photo_data, "val", beams=3)
         assert write.call_args.kwargs == {"beams": 3}
-        assert scores["right"] == 75
+        assert scores["right"] == 75 and abs(scores["low_log_p"] + 2) < 0.01
         with empty_workplace():
             scores, _ = mllm.evaluate_all(None, photo_data, "val", 1, 0.6)
     assert write.call_args.args[2] == answers.with_other_images(prompts)
@@ -2580,7 +2557,7 @@ TOYS = {  # with all kinds of randomness: batches, dropout, augmentation, sample
         mllm,
         f"{COMMON} --n_drawn=80 --batch_size=8 --image_size=24 --vit_layer=1 --vit_head=2"
         " --vit_embd=16 --gpt_layer=1 --gpt_head=2 --gpt_embd=16 --dropout=0.1 --align_share=0.45"
-        " --captions_per_photo=2 --mirror=True --crop=0.8 --jitter=0.1 --word_dropout=0.1"
+        " --fusion=prefix --captions_per_photo=2 --mirror=True --crop=0.8 --jitter=0.1 --word_dropout=0.1"
         " --out_dir=out/mllm",
     ),
     "scst": (scst, f"{COMMON} --batch_size=4 --sft_dir=out/mllm --out_dir=out/scst"),
@@ -3080,8 +3057,11 @@ def test_mllm_and_scst_resume_and_caption():
         for name in ("mllm", "scst"):
             for options in ("", "--temperature=1.0 --beams=1"):
                 output = output_of(name, f"--image=mine/3.png --num_captions=3 {options}")
-                assert output.count("3.png: ") == 3
+                assert output.count("(log p") == 3
             assert "beam_cider" in output_of(name, "--eval_only=True --eval_split=test")
+        for low_log_p in (-99.0, 0.0):  # without and with a hint
+            run.save("out/mllm/sft.pt", saved("mllm/sft") | {"low_log_p": low_log_p})
+            assert (answers.UNLIKE in output_of("mllm", "--image=mine/3.png")) == (low_log_p == 0)
         fails("a new run would rename out/mllm/sft.pt", "scst", "--out_dir=out/mllm")
         fails("needs samples of at least 2", "scst", "--baseline=leave_one_out --samples=1")
         fails("has learnt captions, not questions", "mllm", "--prompt=why?")
@@ -3130,18 +3110,27 @@ def test_features_of_a_frozen_vit_are_those_of_each_step():
         "--train_vit=False --dropout=0.0 --mirror=False --crop=1.0 --jitter=0.0 --fusion=cross"
         " --align_share=0.0"
     )
-    with toy_workplace():
+    with toy_workplace(), mock.patch.object(mllm, "augment", wraps=mllm.augment) as augment:
         output_of("mllm", plain)
+        assert not augment.called  # the features are computed once
         output_of("mllm", f"{plain} --train_size=24 --out_dir=out/anew")  # the same view
         check_losses("mllm", "anew")
         assert not any("gate" in name for name in saved("mllm/last")["model"])
+        for change in (
+            "train_size=24",
+            "jitter=0.5",
+            "crop=0.5",
+            "mirror=True",
+            "patch_dropout=0.5",
+        ):
+            augment.reset_mock()
+            output_of("mllm", f"{plain} --{change} --max_steps=2 --out_dir=out/changed")
+            assert augment.call_count == 2, change
         losses = {log_of("mllm")[1]["train"]}
-        changes = ("jitter=0.5", "crop=0.5", "mirror=True", "label_smoothing=0.5")
-        changes += ("patch_dropout=0.5", "word_dropout=0.9")
-        for change in changes:
+        for change in ("label_smoothing=0.5", "word_dropout=0.9"):
             output_of("mllm", f"{plain} --{change} --max_steps=2 --out_dir=out/changed")
             losses.add(log_of("changed")[1]["train"])
-        assert len(losses) == 1 + len(changes)
+        assert len(losses) == 3
 
 
 def test_conversations_are_learnt_and_continued():

@@ -19,5 +19,6 @@ captions_per_photo = 5  # a photo's image tokens serve all of its captions
 max_tokens = 32
 dropout = 0.3
 label_smoothing = 0.1
+conv_lr = 0.0
 adam_lr = 1.5e-3
 eval_interval = 200

@@ -18,5 +18,6 @@ mirror = True
 word_dropout = 0.1
 dropout = 0.25
 label_smoothing = 0.1
+conv_lr = 0.0
 adam_lr = 1.5e-3
 eval_interval = 500

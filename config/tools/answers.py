@@ -15,6 +15,10 @@ from config.tools.run import autocast, device_of
 from config.tools.shapes import attributes
 from model import IMAGE_ID, evaluating, tokenizer_from_state
 
+UNLIKE = (
+    "this picture seems to be unlike what the model has learnt: its answers to 99.9% of the "
+    'validation images are likelier; for photos see "The chain on photos" in README'
+)
 N_ATTENTION_PICTURES = 4  # of the first images that a user gives
 
 
@@ -90,8 +94,7 @@ def answer_files(model, checkpoint, settings, encode):
                 n,
                 generator=generator,
             )
-            mask = answer_mask(answers, tokenizer.eos_id)
-            log_probs = model.log_probs(tokens, prompt, answers, mask).sum(dim=1).tolist()
+            log_p, log_p_per_token = log_p_of(model, tokens, prompt, answers)
             texts = [tokenizer.decode(row) for row in answers.tolist()]
             if photos and texts[0] and i < N_ATTENTION_PICTURES:
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
@@ -102,9 +105,11 @@ def answer_files(model, checkpoint, settings, encode):
                     else images.pixels.flatten(0, 1)
                 )
                 draw_places(path, shown, words, places.cpu())
-        lines = [f"{text}  (log p {log_p:.1f})" for text, log_p in zip(texts, log_probs)]
+        lines = [f"{text}  (log p {value:.1f})" for text, value in zip(texts, log_p.tolist())]
         for line in lines:
             print(f"{name}: {line}")
+        if photos and log_p_per_token.max() < checkpoint["low_log_p"]:
+            print(f"{name}: {UNLIKE}")
         if photos:
             pictures.append(
                 side_by_side([join_tiles(to_images([photo], 256), 0) for photo in photos])
@@ -121,6 +126,14 @@ def answer_mask(ids, eos_id):
     is included."""
     is_end = (ids == eos_id).long()
     return is_end.cumsum(dim=1) - is_end == 0
+
+
+def log_p_of(model, tokens, prompts, answers):
+    """Return the log-probabilities of answers (n, T) to prompts, in all and per token, both (n,).
+    For the other arguments see MLLM.log_probs()."""
+    mask = answer_mask(answers, model.config.eos_id)
+    log_p = model.log_probs(tokens, prompts, answers, mask).sum(dim=1)
+    return log_p, log_p / mask.sum(dim=1)
 
 
 @torch.no_grad()

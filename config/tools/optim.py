@@ -1,12 +1,12 @@
-"""Optimization: Muon for the weight matrices of linear layers, AdamW for everything else; the
-schedule; one update."""
+"""Optimization: Muon for the weight matrices of linear layers and convolutions, AdamW for everything
+else; the schedule; one update."""
 
 import math
 
 import torch
 import torch.distributed as dist
 
-from config.tools.run import uses_bfloat16
+from config.tools.run import dtype_of
 from model import OutputLayer
 
 
@@ -15,23 +15,24 @@ class Muon(torch.optim.Optimizer):
     al. 2024, https://kellerjordan.github.io/posts/muon).
 
     Equal to torch.optim.Muon, except that it computes in dtype. torch's computes in bfloat16, which
-    is 30 times slower than float32 on a CPU without instructions for it.
+    is 30 times slower than float32 on a CPU without instructions for it. groups: of parameters,
+    each with its "lr".
     """
 
-    def __init__(self, params, lr, weight_decay, dtype):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, groups, weight_decay, dtype):
+        super().__init__(groups, {"weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 0.05)
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
                 direction = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
-                update = orthogonalize(direction.to(self.dtype))
-                n_out, n_in = p.shape
+                matrix = direction.flatten(1).to(self.dtype)  # of a convolution: (out, in * 3 * 3)
+                update = orthogonalize(matrix).view_as(p)
+                n_out, n_in = matrix.shape
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1, n_out / n_in) ** 0.5)
 
@@ -53,25 +54,26 @@ def orthogonalize(x, steps=5):
     return x
 
 
-def make_optimizers(model, muon_lr, adam_lr, weight_decay):
-    """Return [Muon, AdamW], or [AdamW] with muon_lr=0, over the parameters that train.
+def make_optimizers(model, muon_lr, adam_lr, weight_decay, conv_lr=0.0):
+    """Return [Muon, AdamW] over the parameters that train, or [AdamW] if both rates of Muon are 0.
 
-    Muon takes the weights of linear layers except output layers. Biases and gains do not decay.
+    Muon takes the weights of linear layers except output layers, with muon_lr above 0, and those of
+    convolutions, with conv_lr above 0. Biases and gains do not decay.
     """
-    hidden = {
-        id(module.weight)
+    linear = {
+        module.weight
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and not isinstance(module, OutputLayer)
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    muon_weights = [p for p in trained if muon_lr > 0 and id(p) in hidden]
-    others = [p for p in trained if muon_lr == 0 or id(p) not in hidden]
+    rates = {p: muon_lr if p in linear else conv_lr * (p.ndim == 4) for p in trained}
+    muon_groups = [{"params": [p], "lr": rates[p]} for p in trained if rates[p]]
+    others = [p for p in trained if not rates[p]]
     matrices = {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}
     optimizers = [torch.optim.AdamW([matrices, vectors], lr=adam_lr, betas=(0.9, 0.95), fused=True)]
-    if muon_weights:
-        dtype = torch.bfloat16 if uses_bfloat16(model) else torch.float32
-        optimizers.insert(0, Muon(muon_weights, muon_lr, weight_decay, dtype))
+    if muon_groups:
+        optimizers.insert(0, Muon(muon_groups, weight_decay, dtype_of(model)))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

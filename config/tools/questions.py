@@ -9,7 +9,9 @@ have changed or are found by their position, the answer says first where, then h
 from itertools import product
 
 import numpy as np
+import torch
 
+from config.tools.data import caption_samples, to_images
 from config.tools.shapes import (
     COLOURS,
     PLACES,
@@ -18,16 +20,19 @@ from config.tools.shapes import (
     SIZES,
     Thing,
     between,
-    background,
     describe,
     draw,
     draw_scene,
-    look_of,
+    draw_shapes,
+    draw_wide,
+    looks_of,
     pick,
     pick_several,
     position,
+    random_paper,
     random_thing,
 )
+from config.tools.sketches import sketch
 
 VALUES = {"size": SIZES, "colour": list(COLOURS), "shape": SHAPES}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # columns and rows
@@ -306,7 +311,7 @@ def pick_event(thing, look, things, free, rng):
     if event == "vanishes":
         return event, look, None
     if event == "grows":
-        return event, look, look._replace(radius=look.radius * RADII["large"] / RADII["small"])
+        return event, look, look._replace(radius=rng.uniform(*RADII["large"]))
     direction = pick(directions, rng)
     step = np.array(DIRECTIONS[direction])
     free.remove(tuple(position(thing) + step))
@@ -335,7 +340,7 @@ def ask_clip(rng):
     The clip is a list of four to eight frames, which are lists of looks.
     """
     things = make_scene(rng.integers(2, 4), rng)
-    looks = [look_of(thing, rng) for thing in things]
+    looks = looks_of(things, rng)
     tracks = [(look, look, 0) for look in looks]  # looks before and after an event, and its time
     events = ["nothing" for thing in things]
     free = set(product(range(3), range(3))) - {tuple(position(thing)) for thing in things}
@@ -371,25 +376,63 @@ def make_sample(turns, image_ids):
     return {"images": image_ids, "messages": messages}
 
 
-def draw_conversations(n, size, seed):
-    """Return drawn images, (m, 3, size, size) uint8, and n groups of conversations about them.
+def draw_conversations(n, n_sketched, size, seed):
+    """Return drawn images, (m, 3, size, size) uint8, and n + n_sketched groups of conversations
+    about them; the images of the last ones are sketched.
 
     A group is a list of samples about the same images, {"images": [indices], "messages":
     [{"role", "content"}]}. An answer also has the "kind" of its question. Of eight groups, two are
-    about one image, which is easiest, three about a pair of images and three about a clip.
+    about one image, which is easiest, three about a pair of images and three about a clip. Clips
+    are not sketched.
     """
     rng = np.random.default_rng(seed)
     images = []
     groups = []
-    for i in range(n):
+    for i in range(n + n_sketched):
         begin = len(images)
-        if i % 8 >= 5:
+        kind = i % (8 if i < n else 5)
+        if kind >= 5:
             frames, conversations = ask_clip(rng)
-            background_colour = background(rng)
-            images += [draw(looks, background_colour, size) for looks in frames]
+            images += draw_on_same_paper(frames, size, rng)
         else:
-            scenes, conversations = ask_pair(rng) if i % 8 >= 2 else ask_image(rng)
-            images += [draw_scene(things, size, rng) for things in scenes]
+            scenes, conversations = ask_pair(rng) if kind >= 2 else ask_image(rng)
+            if i >= n:
+                images += [sketch(things, size, rng) for things in scenes]
+            elif rng.random() < 0.5:
+                images += [draw_scene(things, size, rng) for things in scenes]
+            else:
+                images += draw_on_same_paper(
+                    [looks_of(things, rng) for things in scenes], size, rng
+                )
         image_ids = list(range(begin, len(images)))
         groups.append([make_sample(turns, image_ids) for turns in conversations])
     return np.stack(images), groups
+
+
+def draw_on_same_paper(scenes, size, rng):
+    """Return the images of lists of looks."""
+    paper = random_paper([look for looks in scenes for look in looks], rng)
+    return [draw(looks, paper, size, rng) for looks in scenes]
+
+
+def draw_dataset(dataset, n, size, max_tiles):
+    """Return the images of shapes, wide or questions, n of them or n groups, and {split: groups of
+    samples} as mllm.load_samples() does. The images of the split "sketches" are drawn by other
+    code, see sketches.py."""
+    n_test = min(n // 20, 500)
+    if dataset == "questions":
+        images, groups = draw_conversations(n, n_test, size, seed=0)
+    elif dataset == "shapes":
+        images, captions = draw_shapes(n, size, seed=0)
+        sketches, more_captions = draw_shapes(n_test, size, 1, sketch)
+        images, captions = np.concatenate((images, sketches)), captions + more_captions
+    else:
+        images, captions = draw_wide(n, size, seed=0)
+    if dataset != "questions":
+        groups = [caption_samples(i, texts) for i, texts in enumerate(captions)]
+    splits = {"train": groups[2 * n_test : n], "val": groups[:n_test]}
+    splits["test"] = groups[n_test : 2 * n_test]
+    if len(groups) > n:
+        splits["sketches"] = groups[n:]
+    is_wide = dataset == "wide"
+    return to_images(images, size, max_tiles) if is_wide else torch.from_numpy(images), splits

@@ -33,8 +33,7 @@ from config import read_settings
 def fail(message):
     """End the program: print a one-line error and exit with status 1."""
     show_progress("")
-    process = f" (process {rank()})" if rank() else ""
-    raise SystemExit(f"error: {message}{process}")
+    raise SystemExit(f"error: {message}")
 
 
 def one_line_errors(main):
@@ -108,8 +107,8 @@ def keep_freed_memory():
 
 
 def pick_dtype(dtype, device):
-    """Return "float32" or "bfloat16"; for "auto" bfloat16 where the hardware has instructions for
-    it."""
+    """Return torch.float32 or torch.bfloat16; for "auto" bfloat16 where the hardware has
+    instructions for it."""
     assert dtype in ("auto", "float32", "bfloat16"), f"dtype={dtype}: auto, float32 or bfloat16"
     if dtype == "auto" and device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -117,26 +116,27 @@ def pick_dtype(dtype, device):
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
         has_bfloat16 = dtype == "bfloat16"
-    return "bfloat16" if has_bfloat16 else "float32"
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def place(model, device, dtype):
     """Move the model to the device; autocast(model) then computes in dtype."""
     model.compute_dtype = pick_dtype(dtype, device)
-    return model.to(device, memory_format=torch.channels_last)  # which convolutions on CPUs prefer
+    return model.to(device)
 
 
 def device_of(model):
     return next(model.parameters()).device
 
 
-def uses_bfloat16(model):
-    return getattr(model, "compute_dtype", "float32") == "bfloat16"
+def dtype_of(model):
+    return getattr(model, "compute_dtype", torch.float32)
 
 
 def autocast(model):
     """Return a context in which matrix products run in the number type that place() has set."""
-    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=uses_bfloat16(model))
+    dtype = dtype_of(model)
+    return torch.autocast(device_of(model).type, dtype, enabled=dtype == torch.bfloat16)
 
 
 # processes ----------------------------------------------------------------------------------------

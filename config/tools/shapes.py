@@ -2,26 +2,36 @@
 Draw images of coloured shapes and write captions for them.
 
 A scene is a list of things, which have a size, a colour, a shape and a place, in words. The look of
-a thing says in numbers how it is drawn. It varies a little from image to image.
+a thing says in numbers how it is drawn, and the paper what it is drawn on. Both vary as pictures do
+that different people draw: paper of any colour, crooked shapes, pale and deep colours.
 """
 
+import colorsys
 import re
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 80, 220),
-    "yellow": (235, 215, 50),
-    "purple": (150, 60, 190),
-    "orange": (240, 140, 30),
+COLOURS = {  # hue in degrees, from and to, least saturation, least value: pink is not called red
+    "red": (-10, 8, 0.65, 0.55),
+    "green": (90, 155, 0.4, 0.4),
+    "blue": (205, 243, 0.4, 0.5),
+    "yellow": (47, 62, 0.45, 0.85),
+    "purple": (268, 302, 0.4, 0.4),
+    "orange": (22, 39, 0.7, 0.85),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+CORNERS = {  # of each shape, clockwise from the top: angles in degrees and distances from the middle
+    "circle": (range(0, 360, 9), [1] * 40),
+    "square": ([45, 135, 225, 315], [1.27] * 4),
+    "triangle": ([0, 120, 240], [1.1] * 3),
+    "star": (range(0, 360, 36), [1.15, 0.48] * 5),
+    "cross": ([-18, 18, 45, 72, 108, 135, 162, 198, 225, 252, 288, 315], [1.05, 1.05, 0.45] * 4),
+}
+SHAPES = tuple(CORNERS)
 SIZES = ("small", "large")
-RADII = {"small": 0.085, "large": 0.14}  # as a fraction of the image's side
+RADII = {"small": (0.065, 0.095), "large": (0.125, 0.16)}  # as fractions of the image's side
+CONTRAST = 90  # least distance of a thing's colour from the paper's; black and white are 442 apart
 PLACES = (  # row by row
     "top left",
     "top center",
@@ -68,8 +78,20 @@ class Look(NamedTuple):
 
     middle: np.ndarray  # x and y as fractions of the image's width and height, (2,)
     radius: float  # as a fraction of the side of a square image
+    corners: np.ndarray  # of a polygon around (0, 0) with radius 1, (n, 2)
     fill: tuple  # red, green and blue, 0 to 255
-    shape: str
+    outline: tuple | None  # its colour
+    open_corners: int  # corners at which the outline does not close
+
+
+class Paper(NamedTuple):
+    """Describe what a scene is drawn on, and with what."""
+
+    colours: np.ndarray  # at the two ends of a straight gradient, (2, 3)
+    direction: float  # of the gradient, in radians
+    grain: float  # standard deviation of the paper's lightness, in units of 0 to 255
+    noise: float  # standard deviation of a camera's noise
+    smooth: bool  # edges are smooth, else jagged
 
 
 # random choices -----------------------------------------------------------------------------------
@@ -104,21 +126,80 @@ def position(thing):
     return np.array(divmod(PLACES.index(thing.place), 3)[::-1])
 
 
+def random_colour(name, rng):
+    """Return red, green and blue, 0 to 255, of a colour with this name, pale or deep."""
+    low, high, saturation, value = COLOURS[name]
+    hue = rng.uniform(low, high) / 360 % 1
+    colour = colorsys.hsv_to_rgb(hue, rng.uniform(saturation, 1), rng.uniform(value, 1))
+    return tuple(int(255 * x) for x in colour)
+
+
+def random_corners(shape, rng):
+    """Return the corners of a shape, a bit turned, stretched and crooked, (n, 2)."""
+    degrees, distances = (np.array(values, dtype=float) for values in CORNERS[shape])
+    angles = np.radians(degrees + rng.uniform(-15, 15))
+    corners = np.stack((np.sin(angles), -np.cos(angles)), axis=1) * distances[:, None]
+    corners += rng.normal(0, rng.uniform(0, 0.04), corners.shape)
+    stretch = 1.15 ** rng.uniform(-0.5, 0.5)  # the width becomes up to 15% more or less
+    return corners * (stretch, 1 / stretch)
+
+
 def look_of(thing, rng, enlarge=1):
-    """Return a look for a thing: near the middle of its place, with about its size and colour.
+    """Return a look for a thing: anywhere in its place, but not at its border.
 
     Multiply the radius by `enlarge`.
     """
-    middle = (2 * position(thing) + 1) / 6 + rng.uniform(-0.02, 0.02, 2)
-    radius = RADII[thing.size] * rng.uniform(0.92, 1.08) * enlarge
-    fill = rng.integers(-15, 16, 3) + COLOURS[thing.colour]
-    return Look(middle, radius, tuple(fill.clip(0, 255)), thing.shape)
+    radius = rng.uniform(*RADII[thing.size]) * enlarge
+    middle = (position(thing) + rng.uniform(0.1, 0.9, 2)) / 3
+    middle = middle.clip(radius / 2, 1 - radius / 2)  # the image's edge hides a part at most
+    outline = None
+    if rng.random() < 0.25:
+        outline = tuple(
+            rng.integers(60, size=3) if rng.random() < 0.7 else rng.integers(256, size=3)
+        )
+    corners = random_corners(thing.shape, rng)
+    return Look(
+        middle,
+        radius,
+        corners,
+        random_colour(thing.colour, rng),
+        outline,
+        rng.integers(len(corners) // 4 + 1),
+    )
 
 
-def background(rng):
-    """Return a dark colour, grey or slightly blue: three integers."""
-    grey = rng.integers(80)
-    return grey, grey, grey + rng.integers(20)
+def looks_of(things, rng, enlarge=1):
+    """Return looks for things that hide little of each other. Draw them anew until they do."""
+    while True:
+        looks = [look_of(thing, rng, enlarge) for thing in things]
+        middles = np.array([look.middle for look in looks])
+        radii = np.array([look.radius for look in looks])
+        distances = np.linalg.norm(middles[:, None] - middles, axis=2)
+        np.fill_diagonal(distances, np.inf)
+        if (distances >= 0.85 * np.add.outer(radii, radii)).all():
+            return looks
+
+
+def random_paper(looks, rng):
+    """Return paper on which all looks are easy to see."""
+    fills = np.array([look.fill for look in looks if look])
+    while True:
+        colour = pick(
+            (
+                rng.integers(235, 256) + rng.integers(-8, 1, 3),  # white
+                rng.integers(256) + rng.integers(-10, 11, 3),  # grey
+                rng.integers(256, size=3),  # any
+                rng.integers(40) + rng.integers(16, size=3),  # black
+            ),
+            rng,
+        )
+        change = rng.integers(-70, 71, 3) if rng.random() < 0.4 else np.zeros(3)
+        colours = np.clip([colour, colour + change], 0, 255)
+        between = np.linspace(*colours, 5)
+        if np.linalg.norm(fills[:, None] - between, axis=2).min() >= CONTRAST:
+            break
+    grain, noise = rng.uniform(0, 10, 2) * (rng.random(2) < 0.3)
+    return Paper(colours, rng.uniform(0, 2 * np.pi), grain, noise, rng.random() < 0.8)
 
 
 # drawing ------------------------------------------------------------------------------------------
@@ -139,53 +220,50 @@ def between(first, last, share):
 
 def draw_look(pen, look, sides, scale):
     """Draw a look with an ImageDraw, `pen`, on an image of `sides` times `scale` pixels."""
-    middle, radius, fill, shape = look
-    x, y = middle * sides * scale
-    r = radius * scale
-
-    def rectangle(width, height):
-        pen.rectangle((x - width, y - height, x + width, y + height), fill)
-
-    if shape == "circle":
-        pen.circle((x, y), r, fill)
-    elif shape == "square":
-        rectangle(0.9 * r, 0.9 * r)
-    elif shape == "cross":
-        rectangle(r, 0.32 * r)
-        rectangle(0.32 * r, r)
-    else:  # a polygon, clockwise from the top; inner and outer corners of a star alternate
-        radii = r * np.array(3 * [1.1] if shape == "triangle" else 5 * [1.15, 0.48])
-        angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
-        pen.polygon(list(zip(x + radii * np.sin(angles), y - radii * np.cos(angles))), fill)
+    corners = look.middle * sides * scale + look.radius * scale * look.corners
+    corners = [tuple(corner) for corner in corners]
+    pen.polygon(corners, look.fill)
+    if look.outline:
+        width = max(1, round(0.12 * look.radius * scale))
+        closed = corners + corners[:1]
+        pen.line(closed[look.open_corners :], look.outline, width, joint="curve")
 
 
-def draw(looks, background_colour, size, sides=(1, 1)):
+def draw(looks, paper, size, rng, sides=(1, 1)):
     """Return an image of a list of looks, (3, H, W) uint8.
 
     Args:
-        background_colour: Red, green and blue, 0 to 255.
         size: The pixels per unit of length.
         sides: The width and the height in units of length.
     """
-    width_height = size * np.array(sides)
+    W, H = size * np.array(sides)
+    x, y = np.meshgrid(np.linspace(-0.5, 0.5, W), np.linspace(-0.5, 0.5, H))
+    share = 0.5 + x * np.cos(paper.direction) + y * np.sin(paper.direction)  # -0.2 to 1.2
+    pixels = paper.colours[0] + share[..., None].clip(0, 1) * (paper.colours[1] - paper.colours[0])
+    pixels = pixels + paper.grain * rng.standard_normal((H, W, 1))
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     # Draw at four times the resolution, so that reducing the image smooths its edges.
-    image = Image.new("RGB", tuple(4 * width_height), background_colour)
+    scale = 4 if paper.smooth else 1
+    image = image.resize((scale * W, scale * H), Image.NEAREST)
     pen = ImageDraw.Draw(image)
     for look in looks:
-        draw_look(pen, look, sides, 4 * size)
-    return np.asarray(image.resize(width_height, Image.BOX)).transpose(2, 0, 1)
+        draw_look(pen, look, sides, scale * size)
+    pixels = np.asarray(image.resize((W, H), Image.BOX)).transpose(2, 0, 1)
+    if paper.noise:
+        pixels = pixels + paper.noise * rng.standard_normal(pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
 def draw_scene(things, size, rng):
     """Return an image of a list of things, (3, size, size) uint8."""
-    background_colour = background(rng)
-    return draw([look_of(thing, rng) for thing in things], background_colour, size)
+    looks = looks_of(things, rng)
+    return draw(looks, random_paper(looks, rng), size, rng)
 
 
 # data sets ----------------------------------------------------------------------------------------
 
 
-def draw_shapes(n, size, seed):
+def draw_shapes(n, size, seed, draw_scene=draw_scene):
     """Return n images of one or two things, (n, 3, size, size) uint8, and their captions.
 
     Every image has a list of five captions that say the same in different words.
@@ -200,20 +278,20 @@ def draw_shapes(n, size, seed):
     return np.array(images), captions
 
 
-def draw_wide(n, seed):
+def draw_wide(n, size, seed):
     """Return n PIL images of two to four things, wide (3:1) to tall (1:3), and their captions.
 
-    Every image has a list of one caption. A shape is 6 to 10 pixels wide, but only 2 to 3 when an
-    image of 96 x 32 pixels is squeezed to 32 x 32.
+    Every image has a list of one caption. The sides are multiples of `size` pixels, on which a shape
+    is a sixth to a third wide.
     """
     rng = np.random.default_rng(seed)
     images = []
     captions = []
     for _ in range(n):
         things = random_things(2, 4, rng)
-        sides = pick([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)], rng)  # in units of 32 pixels
-        looks = [look_of(thing, rng, enlarge=1.15) for thing in things]
-        pixels = draw(looks, background(rng), 32, sides)
+        sides = pick([(3, 1), (2, 1), (2, 2), (1, 2), (1, 3)], rng)
+        looks = looks_of(things, rng, enlarge=1.15)
+        pixels = draw(looks, random_paper(looks, rng), size, rng, sides)
         images.append(Image.fromarray(pixels.transpose(1, 2, 0)))
         captions.append([describe(things)])
     return images, captions
