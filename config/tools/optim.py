@@ -15,8 +15,8 @@ class Muon(torch.optim.Optimizer):
     al. 2024, https://kellerjordan.github.io/posts/muon).
 
     Equal to torch.optim.Muon, except that it computes in dtype. torch's computes in bfloat16, which
-    is 30 times slower than float32 on a CPU without instructions for it. groups: of parameters,
-    each with its "lr".
+    is 30 times slower than float32 on a CPU without instructions for it. groups: of parameters
+    of equal shape, each with its "lr".
     """
 
     def __init__(self, groups, weight_decay, dtype):
@@ -26,36 +26,40 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            directions = []
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 direction = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
-                matrix = direction.flatten(1).to(self.dtype)  # of a convolution: (out, in * 3 * 3)
-                update = orthogonalize(matrix).view_as(p)
-                n_out, n_in = matrix.shape
+                directions.append(direction.flatten(1))  # of a convolution: (out, in * 3 * 3)
+            updates = orthogonalize(torch.stack(directions).to(self.dtype))
+            _, n_out, n_in = updates.shape
+            for p, update in zip(group["params"], updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1, n_out / n_in) ** 0.5)
+                p.add_(update.view_as(p), alpha=-group["lr"] * max(1, n_out / n_in) ** 0.5)
 
 
 def orthogonalize(x, steps=5):
-    """Return about U V^T for a matrix x (m, n) with the singular value decomposition U S V^T.
+    """Return about U V^T for each matrix of x (n, rows, columns) with the singular value
+    decomposition U S V^T.
 
     A Newton-Schulz iteration needs only matrix products. These coefficients do not make it
     converge: after five steps most singular values are between 0.7 and 1.2, which is good enough
     and takes fewer steps.
     """
-    if x.size(0) > x.size(1):
-        return orthogonalize(x.T, steps).T
-    x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.mT, steps).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
     for _ in range(steps):
-        gram = x @ x.T  # (m, m)
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, polynomial, x, beta=3.4445)
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return x
 
 
 def make_optimizers(model, muon_lr, adam_lr, weight_decay, conv_lr=0.0):
     """Return [Muon, AdamW] over the parameters that train, or [AdamW] if both rates of Muon are 0.
+    update() sets their rates.
 
     Muon takes the weights of linear layers except output layers, with muon_lr above 0, and those of
     convolutions, with conv_lr above 0. Biases and gains do not decay.
@@ -65,18 +69,20 @@ def make_optimizers(model, muon_lr, adam_lr, weight_decay, conv_lr=0.0):
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and not isinstance(module, OutputLayer)
     }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rates = {p: muon_lr if p in linear else conv_lr * (p.ndim == 4) for p in trained}
-    muon_groups = [{"params": [p], "lr": rates[p]} for p in trained if rates[p]]
-    others = [p for p in trained if not rates[p]]
-    matrices = {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}
-    optimizers = [torch.optim.AdamW([matrices, vectors], lr=adam_lr, betas=(0.9, 0.95), fused=True)]
-    if muon_groups:
-        optimizers.insert(0, Muon(muon_groups, weight_decay, dtype_of(model)))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    groups = {}  # of Muon, by rate and shape: matrices of equal shape are faster together
+    matrices = {"params": [], "peak_lr": adam_lr, "weight_decay": weight_decay}  # of AdamW
+    vectors = {"params": [], "peak_lr": adam_lr, "weight_decay": 0.0}
+    for p in model.parameters():
+        rate = muon_lr if p in linear else conv_lr * (p.ndim == 4)
+        if not p.requires_grad:
+            continue
+        group = matrices if p.ndim >= 2 else vectors
+        if rate:
+            group = groups.setdefault((rate, p.shape), {"params": [], "peak_lr": rate})
+        group["params"].append(p)
+    optimizers = [torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), fused=True)]
+    if groups:
+        optimizers.insert(0, Muon(groups.values(), weight_decay, dtype_of(model)))
     return optimizers
 
 
@@ -84,7 +90,7 @@ def lr_factor(step, max_steps, warmup_steps, cooldown):
     """Return the learning rate over its peak: a linear warm-up, a plateau, then a straight line to
     zero over the last part `cooldown` of the run."""
     warmup = (step + 1) / max(1, warmup_steps)
-    decay = (1 - step / max(1, max_steps)) / max(cooldown, 1e-8)
+    decay = (max_steps - step) / max(1, cooldown * max_steps)
     return min(1.0, warmup, decay)
 
 

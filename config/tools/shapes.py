@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 COLOURS = {  # hue in degrees, from and to, least saturation, least value: pink is not called red
     "red": (-10, 8, 0.65, 0.55),
     "green": (90, 155, 0.4, 0.4),
-    "blue": (205, 243, 0.4, 0.5),
+    "blue": (205, 243, 0.55, 0.5),
     "yellow": (47, 62, 0.45, 0.85),
     "purple": (268, 302, 0.4, 0.4),
     "orange": (22, 39, 0.7, 0.85),
@@ -31,7 +31,7 @@ CORNERS = {  # of each shape, clockwise from the top: angles in degrees and dist
 SHAPES = tuple(CORNERS)
 SIZES = ("small", "large")
 RADII = {"small": (0.065, 0.095), "large": (0.125, 0.16)}  # as fractions of the image's side
-CONTRAST = 90  # least distance of a thing's colour from the paper's; black and white are 442 apart
+CONTRAST = 110  # least distance of a thing's colour from the paper's; black and white are 442 apart
 PLACES = (  # row by row
     "top left",
     "top center",
@@ -151,7 +151,7 @@ def look_of(thing, rng, enlarge=1):
     """
     radius = rng.uniform(*RADII[thing.size]) * enlarge
     middle = (position(thing) + rng.uniform(0.1, 0.9, 2)) / 3
-    middle = middle.clip(radius / 2, 1 - radius / 2)  # the image's edge hides a part at most
+    middle = middle.clip(0.6 * radius, 1 - 0.6 * radius)  # the image's edge hides a part at most
     outline = None
     if rng.random() < 0.25:
         outline = tuple(
@@ -169,14 +169,14 @@ def look_of(thing, rng, enlarge=1):
 
 
 def looks_of(things, rng, enlarge=1):
-    """Return looks for things that hide little of each other. Draw them anew until they do."""
+    """Return looks for things that do not touch. Draw all of them anew until they do not."""
     while True:
         looks = [look_of(thing, rng, enlarge) for thing in things]
         middles = np.array([look.middle for look in looks])
         radii = np.array([look.radius for look in looks])
         distances = np.linalg.norm(middles[:, None] - middles, axis=2)
         np.fill_diagonal(distances, np.inf)
-        if (distances >= 0.85 * np.add.outer(radii, radii)).all():
+        if (distances >= 1.1 * np.add.outer(radii, radii)).all():
             return looks
 
 
