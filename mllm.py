@@ -81,12 +81,12 @@ patch_size = 8  # pixels a side of a patch
 stem = "instance"  # how pixels become patches: instance, residual or patch, see PatchEmbedding
 vit_layer = 2  # blocks of the ViT
 vit_head = 4  # its attention heads
-vit_embd = 128  # its channels
+vit_embd = 96  # its channels
 across_layer = 0  # with tiles: further blocks in which all tiles of an image attend to each other
 keep_blocks = ()  # with tiles: outputs of these blocks go to the connector too, such as 0,1
 gpt_layer = 2  # blocks of the GPT
 gpt_head = 4  # its attention heads
-gpt_embd = 128  # its channels
+gpt_embd = 96  # its channels
 gpt_norm = "layer"  # or rms
 gpt_activation = "gelu"  # relu, gelu or swiglu
 n_experts = 0  # feed-forward layers in each of its blocks, a mixture of experts; 0: one dense layer
@@ -97,7 +97,7 @@ label_smoothing = 0.0  # share of the target that is spread over all words, in t
 # optimization
 align_share = 0.0  # part of the run for the phase align
 train_vit = True  # the phase sft trains the ViT too
-max_steps = 1600  # length of the run
+max_steps = 1300  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
 conv_lr = 0.1  # the same of convolutions; 0: AdamW
 adam_lr = 2e-3  # peak rate of everything else
@@ -105,7 +105,7 @@ weight_decay = 0.05  # of matrices and embeddings, relative to the rate
 warmup_steps = 50  # steps in which the rate rises to its peak, in each phase
 cooldown = 0.8  # the last part of each phase, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
-eval_interval = 200  # steps between evaluations
+eval_interval = 400  # steps between evaluations
 # decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of
 # greedy
 beams = 5  # width of the beam search; 1: greedy

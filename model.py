@@ -564,13 +564,13 @@ def init_weights(model):
     0.02, as in GPT-2. Convolutions: He et al. 2015. Biases: 0.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=getattr(module, "std", module.in_features**-0.5))
+        if isinstance(module, Linear):
+            nn.init.normal_(module.weight, std=module.std)
         elif isinstance(module, (nn.Embedding, LearnedPositionalEncoding)):
             nn.init.normal_(next(module.parameters()), std=0.02)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+        if isinstance(module, (Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -674,27 +674,30 @@ class PatchEmbedding(nn.Module):
     stem="patch": one linear map per patch (ViT, Dosovitskiy et al. 2020). stem="residual":
     convolutions halve the image and double the channels until a patch is one place (Xiao et al.
     2021), each but the first followed by a ResidualConv. Neighbouring pixels belong together, and
-    with little data it pays to build that in. stem="instance": the same, but every channel of an
-    image is normalised alone (Ulyanov et al. 2016), which removes what all its places have in
-    common, such as the colour of a background.
+    with little data it pays to build that in. stem="instance": the sum of both, where every channel
+    of an image is normalised alone (Ulyanov et al. 2016). That removes what all places of an image
+    have in common, such as the colour of the paper, and makes shapes stand out; the linear map
+    knows the colours.
     """
 
     def __init__(self, patch_size, n_embd, stem):
         super().__init__()
         self.patch_size = patch_size
         assert stem in ("patch", "residual", "instance"), f"stem={stem}: patch, residual, instance"
+        self.linear = self.stem = None
+        if stem != "residual":
+            self.linear = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
         if stem == "patch":
-            self.stem = nn.Conv2d(3, n_embd, patch_size, stride=patch_size)
             return
         n_halvings = patch_size.bit_length() - 1
-        assert patch_size == 2**n_halvings and 2 <= patch_size <= n_embd, (
+        assert 2 <= patch_size == 2**n_halvings <= n_embd, (
             f"stem={stem}: patch_size={patch_size} is not 2, 4, 8, ... up to n_embd={n_embd}"
         )
         layers = []
         n_in = 3
         for i in reversed(range(n_halvings)):
             n_out = n_embd // 2**i  # such as 32, 64, 128
-            groups = n_out if stem == "instance" else 1
+            groups = n_out if self.linear else 1
             layers += [
                 nn.Conv2d(n_in, n_out, 3, stride=2, padding=1),
                 nn.GroupNorm(groups, n_out),
@@ -710,7 +713,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, images):
         H, p = images.size(-1), self.patch_size
         assert H % p == 0, f"{H}x{H} pixels do not divide into patches of {p}x{p}"
-        return self.stem(images).flatten(2).transpose(1, 2)  # (B, C, H / p, W / p) -> (B, N, C)
+        x = sum(part(images) for part in (self.linear, self.stem) if part)
+        return x.flatten(2).transpose(1, 2)  # (B, C, H / p, W / p) -> (B, N, C)
 
 
 class AttentionPooling(nn.Module):

@@ -714,7 +714,7 @@ def test_patch_embedding_equals_unfold_and_a_matrix():
     layer = shake(PatchEmbedding(4, 16, "patch"))
     images = torch.randn(2, 3, 8, 12)
     patches = F.unfold(images, 4, stride=4).transpose(1, 2)  # (B, N, 3 * 4 * 4), row by row
-    close(layer(images), F.linear(patches, layer.stem.weight.flatten(1), layer.stem.bias), 1e-4)
+    close(layer(images), F.linear(patches, layer.linear.weight.flatten(1), layer.linear.bias), 1e-4)
     raises(AssertionError, "10x10", layer, torch.zeros(1, 3, 10, 10))
     raises(AssertionError, "stem=dense", PatchEmbedding, 8, 16, "dense")
 
@@ -723,8 +723,8 @@ def test_stems_halve_the_image_and_double_the_channels():
     x = torch.randn(2, 8, 6, 6)
     for stem, groups in (("residual", 1), ("instance", 8)):
         layer = PatchEmbedding(8, 16, stem)
-        assert layer(torch.randn(2, 3, 32, 32)).shape == (2, 16, 16)
-        convs = [conv for conv in layer.modules() if isinstance(conv, nn.Conv2d)]
+        assert layer(photos(2, 32)).shape == (2, 16, 16)
+        convs = [conv for conv in layer.stem.modules() if isinstance(conv, nn.Conv2d)]
         assert [conv.out_channels for conv in convs] == [4, 8, 8, 8, 16, 16, 16, 16]
         raises(AssertionError, f"{stem}: patch_size", PatchEmbedding, 6, 16, stem)
         block = layer.stem[6]

@@ -273,7 +273,7 @@ def load_clip_vit(where):
     """
     path = weights_file(where)
     names = {
-        "patches.stem.weight": "embeddings.patch_embedding.weight",
+        "patches.linear.weight": "embeddings.patch_embedding.weight",
         "class_token": "embeddings.class_embedding",
         "position.positions": "embeddings.position_embedding.weight",
     }
@@ -281,7 +281,7 @@ def load_clip_vit(where):
     model, n_layer = take(
         path, "vision_model.", names, CLIP_LAYERS, "encoder.blocks", "encoder.layers"
     )
-    n_embd, _, patch_size, _ = model["patches.stem.weight"].shape
+    n_embd, _, patch_size, _ = model["patches.linear.weight"].shape
     assert n_embd % 64 == 0 and n_embd <= 1024, (  # OpenCLIP's ViT-H has other heads and plain GELU
         f"{path} has {n_embd} channels: it is neither OpenAI's CLIP ViT-B nor L"
     )
@@ -292,7 +292,7 @@ def load_clip_vit(where):
     positions = model["position.positions"]  # the class token has the first
     model["class_token"] = (model["class_token"] + positions[0]).view(1, 1, -1)
     model["position.positions"] = positions[1:]
-    model["patches.stem.bias"] = torch.zeros(n_embd)
+    model["patches.linear.bias"] = torch.zeros(n_embd)
     model["pixel_mean"] = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
     model["pixel_std"] = torch.tensor(CLIP_STD).view(1, 3, 1, 1)
     config = {
