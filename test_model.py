@@ -723,7 +723,7 @@ def test_stems_halve_the_image_and_double_the_channels():
     x = torch.randn(2, 8, 6, 6)
     for stem, groups in (("residual", 1), ("instance", 8)):
         layer = PatchEmbedding(8, 16, stem)
-        assert layer(photos(2, 32)).shape == (2, 16, 16)
+        assert layer(torch.randn(2, 3, 32, 32)).shape == (2, 16, 16)
         convs = [conv for conv in layer.stem.modules() if isinstance(conv, nn.Conv2d)]
         assert [conv.out_channels for conv in convs] == [4, 8, 8, 8, 16, 16, 16, 16]
         raises(AssertionError, f"{stem}: patch_size", PatchEmbedding, 6, 16, stem)

@@ -1,12 +1,12 @@
 """Drawn scenes, wide, square and tall, on tiles as in Llama 3.2 Vision, on two CPU cores."""
 out_dir = "out/llama_vision_cpu"
 dataset = "wide"
-n_drawn = 20000
+n_drawn = 15000
 max_tiles = 4
 across_layer = 1
 keep_blocks = (1,)  # intermediate features
 fusion = "cross"
-image_size = 32  # of a tile: 4 x 4 patches
+image_size = 48  # of a tile: 6 x 6 patches
 max_tokens = 80
 max_steps = 1000
 eval_interval = 400
