@@ -248,7 +248,7 @@ def draw(looks, paper, size, rng, sides=(1, 1)):
     pen = ImageDraw.Draw(image)
     for look in looks:
         draw_look(pen, look, sides, scale * size)
-    pixels = np.asarray(image.resize((W, H), Image.BOX)).transpose(2, 0, 1)
+    pixels = np.asarray(image.reduce(scale)).transpose(2, 0, 1)
     if paper.noise:
         pixels = pixels + paper.noise * rng.standard_normal(pixels.shape)
     return pixels.clip(0, 255).astype(np.uint8)
