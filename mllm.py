@@ -340,8 +340,8 @@ def alike(prompts, batch_size=250):
 @torch.no_grad()
 def write_answers(model, data, prompts, **decoding):
     """Return the model's answers to prompts, a list of str; whether it ended each, a list of bool;
-    and their log-probabilities per token, a list of float. Greedy, unless decoding, further
-    arguments of MLLM.generate(), says otherwise."""
+    and their log-probabilities, a list of float. Greedy, unless decoding, further arguments of
+    MLLM.generate(), says otherwise."""
     images = sorted({i for prompt in prompts for i in prompt["images"]})
     device = run.device_of(model)
     tokens = torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
@@ -355,7 +355,7 @@ def write_answers(model, data, prompts, **decoding):
         own = tokens[[place[image] for i in rows for image in prompts[i]["images"]]]
         with evaluating(model), run.autocast(model):
             written = model.generate(own, ids, model.config.gpt.block_size, **decoding)
-            _, log_p = answers.log_p_of(model, own, ids, written)
+            log_p = answers.log_p_of(model, own, ids, written)
         for i, row, value in zip(rows, written.tolist(), log_p.tolist()):
             texts[i] = tokenizer.decode(row)
             ended[i] = tokenizer.eos_id in row
@@ -389,8 +389,8 @@ def validation_loss(model, data, split, batch_size=250):
 
 def evaluate(model, data, split, **decoding):
     """Return the scores of the answers to all prompts of a split: those of caption_scores(), for
-    drawn images and questions the share of right answers, and the log-probability per token that
-    99.9% of the answers exceed; and the answers."""
+    drawn images and questions the share of right answers, and the log-probability that 99.9% of the
+    answers exceed; and the answers."""
     prompts = prompts_of(data, split)
     texts, ended, log_ps = write_answers(model, data, prompts, **decoding)
     scores = caption_scores(texts, ended, [prompt["references"] for prompt in prompts])

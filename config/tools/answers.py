@@ -94,7 +94,7 @@ def answer_files(model, checkpoint, settings, encode):
                 n,
                 generator=generator,
             )
-            log_p, log_p_per_token = log_p_of(model, tokens, prompt, answers)
+            log_p = log_p_of(model, tokens, prompt, answers)
             texts = [tokenizer.decode(row) for row in answers.tolist()]
             if photos and texts[0] and i < N_ATTENTION_PICTURES:
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
@@ -108,7 +108,7 @@ def answer_files(model, checkpoint, settings, encode):
         lines = [f"{text}  (log p {value:.1f})" for text, value in zip(texts, log_p.tolist())]
         for line in lines:
             print(f"{name}: {line}")
-        if photos and log_p_per_token.max() < checkpoint["low_log_p"]:
+        if photos and log_p.max() < checkpoint["low_log_p"]:
             print(f"{name}: {UNLIKE}")
         if photos:
             pictures.append(
@@ -129,11 +129,10 @@ def answer_mask(ids, eos_id):
 
 
 def log_p_of(model, tokens, prompts, answers):
-    """Return the log-probabilities of answers (n, T) to prompts, in all and per token, both (n,).
-    For the other arguments see MLLM.log_probs()."""
+    """Return the (n,) log-probabilities of answers (n, T) to prompts. For the other arguments see
+    MLLM.log_probs()."""
     mask = answer_mask(answers, model.config.eos_id)
-    log_p = model.log_probs(tokens, prompts, answers, mask).sum(dim=1)
-    return log_p, log_p / mask.sum(dim=1)
+    return model.log_probs(tokens, prompts, answers, mask).sum(dim=1)
 
 
 @torch.no_grad()
