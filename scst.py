@@ -81,7 +81,7 @@ batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 # optimization
 train_vit = False  # train the ViT too
-max_steps = 450  # length of the run
+max_steps = 300  # length of the run
 lr = 2e-4  # peak rate, AdamW for all: far below that of stage 3, since rewards are noisy
 weight_decay = 0.0  # the weights stay near those of the training before
 warmup_steps = 10  # steps in which the rate rises to its peak
