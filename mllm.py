@@ -59,7 +59,7 @@ dtype = "auto"  # bfloat16 where the hardware has instructions for it, else floa
 seed = 1337  # of everything random: weights, batches, dropout, samples
 # data
 dataset = "shapes"  # or questions or wide, also drawn; or a folder under data/, such as flickr8k
-n_drawn = 20000  # images, or groups of them, to draw; up to 500 each for val and test
+n_drawn = 20000  # images, or groups of them, to draw; up to 1,000 each for val and test
 image_size = 64  # pixels a side that the model sees
 max_tiles = 1  # 2 to 4: images keep their proportions, on up to so many tiles; needs fusion=cross
 train_size = 0  # pixels a side of a training photo: things look larger in crops; 0: image_size
@@ -97,15 +97,15 @@ label_smoothing = 0.0  # share of the target that is spread over all words, in t
 # optimization
 align_share = 0.0  # part of the run for the phase align
 train_vit = True  # the phase sft trains the ViT too
-max_steps = 1500  # length of the run
-muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
+max_steps = 1400  # length of the run
+muon_lr = 0.014  # peak rate of the weight matrices of linear layers; 0: AdamW for all
 conv_lr = 0.1  # the same of convolutions; 0: AdamW
-adam_lr = 2e-3  # peak rate of everything else
+adam_lr = 3e-3  # peak rate of everything else
 weight_decay = 0.05  # of matrices and embeddings, relative to the rate
 warmup_steps = 50  # steps in which the rate rises to its peak, in each phase
-cooldown = 0.8  # the last part of each phase, in which the rate falls to zero in a straight line
+cooldown = 1.0  # the last part of each phase, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
-eval_interval = 500  # steps between evaluations
+eval_interval = 700  # steps between evaluations
 # decoding: at the end of a run and with eval_only, in addition to greedy; with image, instead of
 # greedy
 beams = 5  # width of the beam search; 1: greedy

@@ -419,7 +419,7 @@ def draw_dataset(dataset, n, size, max_tiles):
     """Return the images of shapes, wide or questions, n of them or n groups, and {split: groups of
     samples} as mllm.load_samples() does. The images of the split "sketches" are drawn by other
     code, see sketches.py."""
-    n_test = min(n // 20, 500)
+    n_test = min(n // 20, 1000)
     if dataset == "questions":
         images, groups = draw_conversations(n, n_test, size, seed=0)
     elif dataset == "shapes":
