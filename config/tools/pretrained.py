@@ -332,8 +332,8 @@ VITS["clip"] = CLIPViT
 def load_part(where, stage):
     """Return the checkpoint from which a part starts, our own or in the hub's layout.
 
-    stage: "vit" or "gpt".
+    stage: "vit" or "gpt". A ViT may also come from a captioner.
     """
     if not is_pretrained(where):
-        return load(where, stage)
+        return load(where, *(("vit", "mllm") if stage == "vit" else ("gpt",)))
     return load_clip_vit(where) if stage == "vit" else load_gpt2(where)

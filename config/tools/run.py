@@ -257,7 +257,8 @@ def load(path, *stages):
     saved."""
     path = Path(path)
     assert path.is_file(), (
-        f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(path.parent)}"
+        f"no checkpoint {path} yet; train one first: python {'.py or '.join(stages)}.py"
+        f"{recipe_of(path.parent)}"
     )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
