@@ -1,12 +1,13 @@
 """Drawn scenes, wide, square and tall, on tiles as in Llama 3.2 Vision, on two CPU cores."""
 out_dir = "out/llama_vision_cpu"
 dataset = "wide"
-n_drawn = 15000
+n_drawn = 10000
 max_tiles = 4
 across_layer = 1
-keep_blocks = (1,)  # intermediate features
+vit_layer = 2
+keep_blocks = (0,)  # intermediate features: those of the first block
 fusion = "cross"
 image_size = 48  # of a tile: 6 x 6 patches
 max_tokens = 80
-max_steps = 1000
+max_steps = 800
 eval_interval = 400

@@ -6,4 +6,5 @@ gpt_norm = "rms"
 gpt_activation = "swiglu"
 n_experts = 4  # mixture of experts
 experts_per_token = 2
-max_steps = 400
+max_steps = 1000
+eval_interval = 500
