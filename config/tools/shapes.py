@@ -140,8 +140,8 @@ def random_corners(shape, rng):
     angles = np.radians(degrees + rng.uniform(-15, 15))
     corners = np.stack((np.sin(angles), -np.cos(angles)), axis=1) * distances[:, None]
     corners += rng.normal(0, rng.uniform(0, 0.04), corners.shape)
-    stretch = 1.15 ** rng.uniform(-0.5, 0.5)  # the width becomes up to 15% more or less
-    return corners * (stretch, 1 / stretch)
+    stretch = 1.15 ** rng.uniform(-0.5, 0.5)
+    return corners * (stretch, 1 / stretch)  # up to 15% wider than high, or higher than wide
 
 
 def look_of(thing, rng, enlarge=1):
@@ -195,8 +195,8 @@ def random_paper(looks, rng):
         )
         change = rng.integers(-70, 71, 3) if rng.random() < 0.4 else np.zeros(3)
         colours = np.clip([colour, colour + change], 0, 255)
-        between = np.linspace(*colours, 5)
-        if np.linalg.norm(fills[:, None] - between, axis=2).min() >= CONTRAST:
+        gradient = np.linspace(*colours, 5)
+        if np.linalg.norm(fills[:, None] - gradient, axis=2).min() >= CONTRAST:
             break
     grain, noise = rng.uniform(0, 10, 2) * (rng.random(2) < 0.3)
     return Paper(colours, rng.uniform(0, 2 * np.pi), grain, noise, rng.random() < 0.8)
