@@ -390,12 +390,12 @@ def draw_conversations(n, n_sketched, size, seed):
     groups = []
     for i in range(n + n_sketched):
         begin = len(images)
-        kind = i % (8 if i < n else 5)
-        if kind >= 5:
+        slot = i % (8 if i < n else 5)
+        if slot >= 5:
             frames, conversations = ask_clip(rng)
             images += draw_on_same_paper(frames, size, rng)
         else:
-            scenes, conversations = ask_pair(rng) if kind >= 2 else ask_image(rng)
+            scenes, conversations = ask_pair(rng) if slot >= 2 else ask_image(rng)
             if i >= n:
                 images += [sketch(things, size, rng) for things in scenes]
             elif rng.random() < 0.5:
