@@ -1,5 +1,5 @@
 """
-Draw the scenes of shapes.py once more, with other code: Pillow's own ellipses, rectangles, polygons
+Draw the scenes of shapes.py once more, with other code: Pillow's own ellipses, polygons
 and lines, named colours, larger canvases that are then resized. No model is trained on these
 sketches or chosen by them. They show whether a model understands shapes or only knows one way of
 drawing them.
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
 from config.tools.data import to_images
-from config.tools.shapes import PLACES, pick
+from config.tools.shapes import pick, position
 
 COLOURS = {
     "red": ("red", "crimson", "firebrick", "#dc2828"),
@@ -19,36 +19,51 @@ COLOURS = {
     "purple": ("purple", "darkviolet", "mediumorchid", "#963cbe"),
     "orange": ("orange", "darkorange", "#f08c1e"),
 }
-PAPERS = ("white", "ivory", "lightblue", "beige", "gainsboro", "dimgray", "midnightblue", "black")
+PAPERS = (
+    "white",
+    "ivory",
+    "lightblue",
+    "beige",
+    "gainsboro",
+    "dimgray",
+    "midnightblue",
+    "black",
+)
 RADII = {"small": 0.085, "large": 0.14}
 
 
 def difference(first, second):
     """Return how far apart two colours are in red, green and blue."""
-    first, second = (np.array(ImageColor.getrgb(colour)[:3]) for colour in (first, second))
+    first = np.array(ImageColor.getrgb(first))
+    second = np.array(ImageColor.getrgb(second))
     return np.linalg.norm(first - second)
 
 
-def sketch_thing(pen, thing, colour, x, y, r, rng):
-    """Draw a thing around (x, y) with the radius r, in pixels."""
+def sketch_thing(pen, thing, colour, middle, r, rng):
+    """Draw a thing around a point (2,) with the radius r, in pixels."""
     turn = rng.uniform(-12, 12)
     if thing.shape == "circle":
-        a, b = r * rng.uniform(0.93, 1.07, 2)
-        pen.ellipse((x - a, y - b, x + a, y + b), colour)
+        half = r * rng.uniform(0.93, 1.07, 2)
+        box = [*(middle - half), *(middle + half)]
+        pen.ellipse(box, colour)
     elif thing.shape == "square":
-        pen.regular_polygon((x, y, 1.25 * r), 4, turn, colour)
+        pen.regular_polygon((*middle, 1.25 * r), 4, turn, colour)
     elif thing.shape == "triangle":
-        pen.regular_polygon((x, y, 1.15 * r), 3, turn, colour)
+        pen.regular_polygon((*middle, 1.15 * r), 3, turn, colour)
     elif thing.shape == "cross":  # two thick strokes
         for degrees in (turn, turn + 90):
-            dx, dy = r * np.cos(np.radians(degrees)), r * np.sin(np.radians(degrees))
-            pen.line((x - dx, y - dy, x + dx, y + dy), colour, round(0.62 * r))
-    else:  # a star: five triangles, whose bases are the sides of a pentagon
+            angle = np.radians(degrees)
+            half = r * np.array([np.cos(angle), np.sin(angle)])
+            stroke = [*(middle - half), *(middle + half)]
+            pen.line(stroke, colour, round(0.62 * r))
+    else:  # a star: five spikes, each from the middle
         for degrees in np.arange(5) * 72 + turn:
-            spikes = np.radians([degrees - 36, degrees, degrees + 36])
+            angles = np.radians([degrees - 36, degrees, degrees + 36])
+            directions = np.stack((np.sin(angles), -np.cos(angles)))
             reach = r * np.array([0.46, 1.15, 0.46])
-            outer = zip(x + reach * np.sin(spikes), y - reach * np.cos(spikes))
-            pen.polygon([*outer, (x, y)], colour)
+            corners = middle + (reach * directions).T
+            spike = [tuple(middle), *map(tuple, corners)]
+            pen.polygon(spike, colour)
 
 
 def sketch(things, size, rng, paper=None, shift=0.3):
@@ -62,15 +77,17 @@ def sketch(things, size, rng, paper=None, shift=0.3):
     colours = [pick(COLOURS[thing.colour], rng) for thing in things]
     while paper is None:
         paper = pick(PAPERS, rng)
-        if any(difference(paper, colour) < 100 for colour in colours):
+        contrast = min(difference(paper, colour) for colour in colours)
+        if contrast < 100:
             paper = None
-    W, H = rng.integers(100, 500) * rng.uniform(0.95, 1.05, 2)
-    image = Image.new("RGB", (round(W), round(H)), paper)
+    sides = rng.integers(100, 500) * rng.uniform(0.95, 1.05, 2)
+    canvas = tuple(map(round, sides))
+    image = Image.new("RGB", canvas, paper)
     pen = ImageDraw.Draw(image)
     for thing, colour in zip(things, colours):
-        row, column = divmod(PLACES.index(thing.place), 3)
-        dx, dy = rng.uniform(-shift, shift, 2)
-        x, y = W * (column + 0.5 + dx) / 3, H * (row + 0.5 + dy) / 3
-        r = min(W, H) * RADII[thing.size] * rng.uniform(0.93, 1.07)
-        sketch_thing(pen, thing, colour, x, y, r, rng)
-    return to_images([image], size)[0].numpy()
+        place = position(thing) + 0.5
+        middle = sides * (place + rng.uniform(-shift, shift, 2)) / 3
+        radius = RADII[thing.size] * rng.uniform(0.93, 1.07)
+        sketch_thing(pen, thing, colour, middle, sides.min() * radius, rng)
+    (pixels,) = to_images([image], size)
+    return pixels.numpy()
