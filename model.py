@@ -707,12 +707,12 @@ class PatchEmbedding(nn.Module):
                 layers.append(ResidualConv(n_out, groups))
             n_in = n_out
         self.stem = nn.Sequential(*layers, nn.Conv2d(n_embd, n_embd, 1))
-        if stem == "residual":  # on CPUs it is faster so; many groups are 20 times as slow
-            self.stem.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         H, p = images.size(-1), self.patch_size
         assert H % p == 0, f"{H}x{H} pixels do not divide into patches of {p}x{p}"
+        if not self.linear:  # on CPUs it is faster so, but norms of many groups 20 times as slow
+            images = images.contiguous(memory_format=torch.channels_last)
         x = sum(part(images) for part in (self.linear, self.stem) if part)
         return x.flatten(2).transpose(1, 2)  # (B, C, H / p, W / p) -> (B, N, C)
 
