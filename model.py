@@ -636,7 +636,7 @@ class ViTConfig:
     dropout: float = 0.0
     activation: str = "gelu"
     norm: str = "layer"
-    stem: str = "residual"  # or "patch": one linear layer per patch
+    stem: str = "residual"  # or "patch" or "instance", see PatchEmbedding
     label_smoothing: float = 0.0
     pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
     pixel_std: tuple = (63.0, 62.0, 65.0)

@@ -2557,7 +2557,8 @@ TOYS = {  # with all kinds of randomness: batches, dropout, augmentation, sample
         mllm,
         f"{COMMON} --n_drawn=80 --batch_size=8 --image_size=24 --vit_layer=1 --vit_head=2"
         " --vit_embd=16 --gpt_layer=1 --gpt_head=2 --gpt_embd=16 --dropout=0.1 --align_share=0.45"
-        " --fusion=prefix --adam_lr=2e-3 --cooldown=0.8 --captions_per_photo=2 --mirror=True --crop=0.8 --jitter=0.1 --word_dropout=0.1"
+        " --fusion=prefix --adam_lr=2e-3 --cooldown=0.8 --captions_per_photo=2 --mirror=True"
+        " --crop=0.8 --jitter=0.1 --word_dropout=0.1"
         " --out_dir=out/mllm",
     ),
     "scst": (scst, f"{COMMON} --batch_size=4 --sft_dir=out/mllm --out_dir=out/scst"),

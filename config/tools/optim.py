@@ -1,5 +1,5 @@
-"""Optimization: Muon for the weight matrices of linear layers and convolutions, AdamW for everything
-else; the schedule; one update."""
+"""Optimization: Muon for the weights of linear layers and convolutions, AdamW for everything else;
+the schedule; one update."""
 
 import math
 

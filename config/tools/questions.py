@@ -410,7 +410,7 @@ def draw_conversations(n, n_sketched, size, seed):
 
 
 def draw_on_same_paper(scenes, size, rng):
-    """Return the images of lists of looks."""
+    """Return the images of scenes, which are lists of looks."""
     paper = random_paper([look for looks in scenes for look in looks], rng)
     return [draw(looks, paper, size, rng) for looks in scenes]
 

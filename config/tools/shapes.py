@@ -21,7 +21,7 @@ COLOURS = {  # hue in degrees, from and to, least saturation, least value: pink 
     "purple": (268, 302, 0.4, 0.4),
     "orange": (22, 39, 0.7, 0.85),
 }
-CORNERS = {  # of each shape, clockwise from the top: angles in degrees and distances from the middle
+CORNERS = {  # clockwise from the top: angles in degrees, and distances from the middle in radii
     "circle": (range(0, 360, 9), [1] * 40),
     "square": ([45, 135, 225, 315], [1.27] * 4),
     "triangle": ([0, 120, 240], [1.1] * 3),
@@ -151,7 +151,7 @@ def look_of(thing, rng, enlarge=1):
     """
     radius = rng.uniform(*RADII[thing.size]) * enlarge
     middle = (position(thing) + rng.uniform(0.1, 0.9, 2)) / 3
-    middle = middle.clip(0.6 * radius, 1 - 0.6 * radius)  # the image's edge hides a part at most
+    middle = middle.clip(0.6 * radius, 1 - 0.6 * radius)  # the edge hides a small part at most
     outline = None
     if rng.random() < 0.25:
         outline = tuple(
@@ -281,8 +281,8 @@ def draw_shapes(n, size, seed, draw_scene=draw_scene):
 def draw_wide(n, size, seed):
     """Return n PIL images of two to four things, wide (3:1) to tall (1:3), and their captions.
 
-    Every image has a list of one caption. The sides are multiples of `size` pixels, on which a shape
-    is a sixth to a third wide.
+    Every image has a list of one caption. The sides are multiples of `size` pixels, of which a
+    shape takes a sixth to a third.
     """
     rng = np.random.default_rng(seed)
     images = []

@@ -1,8 +1,7 @@
 """
-Draw the scenes of shapes.py once more, with other code: Pillow's own ellipses, polygons
-and lines, named colours, larger canvases that are then resized. No model is trained on these
-sketches or chosen by them. They show whether a model understands shapes or only knows one way of
-drawing them.
+Draw the scenes of shapes.py once more, with other code: Pillow's own ellipses, polygons and lines,
+named colours, larger canvases that are then resized. No model is trained on these sketches or
+chosen by them. They show whether a model understands shapes or only knows one way of drawing them.
 """
 
 import numpy as np
@@ -29,7 +28,7 @@ PAPERS = (
     "midnightblue",
     "black",
 )
-RADII = {"small": 0.085, "large": 0.14}
+RADII = {"small": 0.085, "large": 0.14}  # as fractions of the image's shorter side
 
 
 def difference(first, second):
