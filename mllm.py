@@ -76,7 +76,7 @@ vit_ckpt = ""  # checkpoint of stage 1, or openai/clip-vit-base-patch16, or its 
 gpt_ckpt = ""  # checkpoint of stage 2 on the same captions, or gpt2, or its folder; empty: new
 fusion = "cross"  # the words attend to the image tokens; or prefix: these stand before the words
 cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
-connector = "linear"  # or mlp; pixel_shuffle: a quarter of the image tokens
+connector = "linear"  # or mlp; pixel_shuffle: a quarter of the image tokens, abstractor: a sixth
 patch_size = 8  # pixels a side of a patch
 stem = "instance"  # how pixels become patches: instance, residual or patch, see PatchEmbedding
 vit_layer = 1  # blocks of the ViT

@@ -1001,7 +1001,7 @@ class MLPConnector(LinearConnector):
         return self.down(F.gelu(self.up(x)))
 
 
-CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}  # and pixel_shuffle, see section 9
+CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}  # further ones: see section 9
 
 
 @dataclass
@@ -1009,7 +1009,7 @@ class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     # cross_every > 0: image tokens are attended, not inserted
     gpt: GPTConfig = field(default_factory=GPTConfig)
-    connector: str = "mlp"  # or linear, pixel_shuffle
+    connector: str = "mlp"  # or another one of CONNECTORS
     max_images: int = 1  # that are adjacent in a prompt; above 1 see ImageComparison
     bos_id: int = BPETokenizer.bos_id
     eos_id: int = BPETokenizer.eos_id
@@ -1469,7 +1469,35 @@ class PixelShuffleConnector(nn.Module):
         return self.mlp(x.reshape(B, half * half, 4 * C))
 
 
-CONNECTORS["pixel_shuffle"] = PixelShuffleConnector
+class CAbstractor(nn.Module):
+    """Convolutions, average pooling to a grid of 0.4 times the side, such as 3x3 of 8x8 patches,
+    convolutions again (Honeybee, Cha et al. 2024): a sixth of the image tokens."""
+
+    needs_grid = True
+
+    def __init__(self, n_vision, n_language):
+        super().__init__()
+        self.before = ResidualConv(n_vision, 1)
+        self.up = nn.Conv2d(n_vision, n_language, 1)
+        self.after = ResidualConv(n_language, 1)
+        self.norm = LayerNorm(n_language)
+        self.down = Linear(n_language, n_language)
+
+    @staticmethod
+    def n_tokens(side):
+        return round(0.4 * side) ** 2
+
+    def forward(self, x):
+        """(B, N, n_vision), a square grid -> (B, n_tokens, n_language)"""
+        side = math.isqrt(x.size(1))
+        x = x.transpose(1, 2).unflatten(2, (side, side))  # (B, n_vision, side, side)
+        x = F.gelu(self.up(self.before(x)))
+        x = F.adaptive_avg_pool2d(x, round(0.4 * side))
+        x = self.after(x).flatten(2).transpose(1, 2)  # (B, n_tokens, n_language)
+        return self.down(self.norm(x))
+
+
+CONNECTORS |= {"pixel_shuffle": PixelShuffleConnector, "abstractor": CAbstractor}
 
 
 class ImageComparison(nn.Module):

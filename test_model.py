@@ -951,7 +951,7 @@ def tiny_vit_config(**changes):
 
 
 def tiny_mllm(connector="mlp", max_images=1, eos_id=2, **gpt_changes):
-    """Return an MLLM with four tokens per image, or one with pixel_shuffle."""
+    """Return an MLLM whose images have four tokens, or one with a connector that needs a grid."""
     parts = tiny_vit_config(), tiny_gpt_config(**gpt_changes)
     return MLLM(MLLMConfig(*parts, connector, max_images, eos_id=eos_id))
 
@@ -1125,7 +1125,7 @@ def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
         model = tiny_mllm(connector, max_images=2, cross_every=cross_every)
         assert model.compare is not None
         n = model.config.n_placeholders(8)
-        assert n == (1 if cross_every or connector == "pixel_shuffle" else 4)
+        assert n == (1 if cross_every or CONNECTORS[connector].needs_grid else 4)
         ids = F.pad(table("1 5 6"), (2 * n, 0), value=IMAGE_ID)
         targets = F.pad(table("5 6 2"), (2 * n, 0), value=-1)
         loss_of = lambda: model(photos(2), ids, targets)[1]
