@@ -11,8 +11,8 @@ or answers questions about one image, several, or a clip.
     python mllm.py config/flickr8k_cpu.py --image=photo.jpg --num_captions=5
 
 Training has two phases: `align`, on captions alone, trains what is new, such as the connector,
-while the parts from stages 1 and 2 are frozen; `sft` (supervised fine-tuning) trains all parts, or
-all but the ViT, on all samples. A run writes log.csv, loss.png, captions.png or answers.png, sft.pt
+while the parts from stages 1 and 2 are frozen; `sft` (supervised fine-tuning) trains the parts that
+`train` names, on all samples. A run writes log.csv, loss.png, captions.png or answers.png, sft.pt
 (the best on validation) and last.pt to out_dir.
 """
 
@@ -27,11 +27,11 @@ import torch
 
 import config
 from config.tools import answers, run
-from config.tools.data import augment_photos, load_groups
+from config.tools.data import augment_photos, hide_words, load_groups
 from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
-from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_part
+from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_part, load_weights
 from config.tools.questions import draw_dataset
 from model import (
     IGNORE_INDEX,
@@ -53,7 +53,6 @@ eval_split = "val"  # what eval_only evaluates: train, val, test or sketches
 image = ""  # caption this file, folder or URL and stop; a.png,b.png: both together
 prompt = ""  # ask this about image instead of captioning it
 chat = False  # talk about image in the terminal, turn by turn
-frames = 0  # frames that are read of a clip; above 0 a folder is a clip too; 0: as many as learnt
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: weights, batches, dropout, samples
@@ -74,8 +73,9 @@ max_tokens = 40  # longest text of a sample with the most images; longer samples
 # model: a checkpoint brings its own architecture
 vit_ckpt = ""  # checkpoint of stage 1, or openai/clip-vit-base-patch16, or its folder; empty: new
 gpt_ckpt = ""  # checkpoint of stage 2 on the same captions, or gpt2, or its folder; empty: new
+mllm_ckpt = ""  # instead of both, a captioner that has learnt other data with the same tokenizer
 fusion = "cross"  # the words attend to the image tokens; or prefix: these stand before the words
-cross_every = 1  # with fusion=cross: every so many-th block of the GPT has cross-attention
+cross_layers = ()  # with fusion=cross: blocks of the GPT with cross-attention; (): all of them
 connector = "linear"  # or mlp; pixel_shuffle: a quarter of the image tokens, abstractor: a sixth
 patch_size = 8  # pixels a side of a patch
 stem = "instance"  # how pixels become patches: instance, residual or patch, see PatchEmbedding
@@ -96,7 +96,7 @@ patch_dropout = 0.0  # share of the patches that are left out in training; needs
 label_smoothing = 0.0  # share of the target that is spread over all words, in training
 # optimization
 align_share = 0.0  # part of the run for the phase align
-train_vit = True  # the phase sft trains the ViT too
+train = "vit,connector,gpt"  # parts that the phase sft trains; cross-attention is the connector's
 max_steps = 1400  # length of the run
 muon_lr = 0.014  # peak rate of the weight matrices of linear layers; 0: AdamW for all
 conv_lr = 0.1  # the same of convolutions; 0: AdamW
@@ -293,13 +293,6 @@ def get_groups(groups, step):
     return sorted(batch, key=lambda group: sum(len(sample["ids"]) for sample in group))
 
 
-def hide_words(ids, tokenizer):
-    """Replace a share word_dropout of the tokens by padding."""
-    special = torch.tensor([IMAGE_ID, tokenizer.bos_id, tokenizer.eos_id], device=ids.device)
-    is_hidden = torch.rand(ids.shape, device=ids.device) < word_dropout
-    return ids.masked_fill(is_hidden & ~torch.isin(ids, special), tokenizer.pad_id)
-
-
 def augment(data, batch, groups, device):
     """Return the augmented images of a batch."""
     images = data["images"][batch.images].to(device)
@@ -420,10 +413,8 @@ def evaluate_all(model, data, split, beams, length_penalty):
 # the model ----------------------------------------------------------------------------------------
 
 
-def build_model(data):
-    """Return a new MLLM for the samples of data, with the ViT and the GPT of vit_ckpt and gpt_ckpt
-    if there are any."""
-    tokenizer = data["tokenizer"]
+def new_config(tokenizer, vit, gpt):
+    """Return the MLLMConfig of the settings. vit, gpt: checkpoints, or None."""
     vit_config = ViTConfig(image_size, patch_size, vit_layer, vit_head, vit_embd, stem=stem)
     gpt_config = GPTConfig(
         tokenizer.vocab_size,
@@ -437,16 +428,10 @@ def build_model(data):
         n_experts=n_experts,
         experts_per_token=experts_per_token,
     )
-    if vit_ckpt:
-        vit = load_part(vit_ckpt, "vit")
+    if vit:
         vit_config = ViTConfig(**vit["config"].get("vit", vit["config"]))
-    if gpt_ckpt:
-        gpt = load_part(gpt_ckpt, "gpt")
+    if gpt:
         gpt_config = GPTConfig(**gpt["config"])
-        assert gpt["tokenizer"] == tokenizer.state(), (
-            f"{gpt_ckpt} has another tokenizer than data/{dataset}"
-        )
-    vit_config = dataclasses.replace(vit_config, dropout=dropout, patch_dropout=patch_dropout)
     if max_tiles > 1:
         vit_config = dataclasses.replace(
             vit_config,
@@ -455,64 +440,66 @@ def build_model(data):
             across_layer=across_layer,
             keep=keep_blocks,
         )
-    gpt_config.dropout = dropout
     if fusion == "cross":
-        gpt_config.cross_every = cross_every
-        gpt_config.gated = gpt_ckpt != ""
-    max_images = max(
-        len(sample["images"])
-        for groups in data["groups"].values()
-        for group in groups
-        for sample in group
+        gpt_config.cross_layers = cross_layers or tuple(range(gpt_config.n_layer))
+        gpt_config.gated = gpt is not None
+    return MLLMConfig(vit_config, gpt_config, connector, 1, tokenizer.bos_id, tokenizer.eos_id)
+
+
+def build_model(data):
+    """Return the MLLM for the samples of data: that of mllm_ckpt, or a new one with the ViT and the
+    GPT of vit_ckpt and gpt_ckpt if there are any."""
+    tokenizer = data["tokenizer"]
+    captioner = run.load(mllm_ckpt, "mllm", "scst") if mllm_ckpt else None
+    vit = load_part(vit_ckpt, "vit") if vit_ckpt and not captioner else None
+    gpt = load_part(gpt_ckpt, "gpt") if gpt_ckpt and not captioner else None
+    for path, checkpoint in ((gpt_ckpt, gpt), (mllm_ckpt, captioner)):
+        assert not checkpoint or checkpoint["tokenizer"] == tokenizer.state(), (
+            f"{path} has another tokenizer than data/{dataset}"
+        )
+    c = MLLMConfig.from_dict(captioner["config"]) if captioner else new_config(tokenizer, vit, gpt)
+    n_known, n_compared = c.gpt.block_size, c.max_images
+    c.vit.dropout = c.gpt.dropout = dropout
+    c.vit.patch_dropout = patch_dropout
+    for group in sum(data["groups"].values(), []):
+        c.max_images = max(c.max_images, *(len(sample["images"]) for sample in group))
+    c.gpt.block_size = c.max_images * c.n_placeholders(image_size) + max_tokens
+    assert c.gpt.positions != "learned" or c.gpt.block_size <= n_known, (
+        f"{gpt_ckpt} has learnt fewer than the {c.gpt.block_size} positions needed"
     )
-    c = MLLMConfig(
-        vit_config, gpt_config, connector, max(1, max_images), tokenizer.bos_id, tokenizer.eos_id
-    )
-    gpt_config.block_size = max_images * c.n_placeholders(image_size) + max_tokens
-    assert (
-        gpt_config.positions != "learned" or gpt_config.block_size <= gpt["config"]["block_size"]
-    ), f"{gpt_ckpt} has learnt fewer than the {gpt_config.block_size} positions needed"
     model = make_mllm(c)
-    if vit_ckpt:
+    if captioner:
+        load_weights(model, captioner, r"^compare" if c.max_images > n_compared else r"^$")
+    if vit:
         load_weights(
             model.vit, vit, r"tiles_|across\.", prefix="vit." if "vit" in vit["config"] else ""
         )
-    if gpt_ckpt:
+    if gpt:
         load_weights(model.gpt, gpt, r"cross_")
     for part, origin in (("vit", vit_ckpt), ("connector", ""), ("gpt", gpt_ckpt)):
         n_parameters = sum(p.numel() for p in getattr(model, part).parameters())
-        print(f"{part:<9} {n_parameters:>10,} parameters, {origin or 'new'}")
+        print(f"{part:<9} {n_parameters:>10,} parameters, {mllm_ckpt or origin or 'new'}")
     return model
 
 
-def load_weights(part, checkpoint, new, prefix=""):
-    """Load the weights of a part from a checkpoint. Parameters whose names match the pattern new
-    keep their values."""
-    state = part.state_dict()
-    weights = {
-        name.removeprefix(prefix): w
-        for name, w in checkpoint["model"].items()
-        if name.startswith(prefix)
-    }
-    for name in state:
-        if not re.search(new, name):
-            assert name in weights, f"the checkpoint has no {name}"
-            state[name] = (
-                weights[name][: len(state[name])] if name == "position.positions" else weights[name]
-            )
-    part.load_state_dict(state)
+def part_of(name):
+    """Return the part, vit, connector or gpt, that a parameter of an MLLM belongs to. What connects
+    images and words, or the tiles of an image, is part of the connector."""
+    part = name.split(".")[0]
+    connects = part not in ("vit", "gpt") or re.search(r"\.(cross_|tiles_|across\.)", name)
+    return "connector" if connects else part
 
 
 def freeze(model, phase):
     """Let only the parameters train that the phase trains, and print how many."""
-    frozen = [] if train_vit else ["vit"]
+    trained = train.split(",")
     if phase == "align":
-        frozen = [part for part, checkpoint in (("vit", vit_ckpt), ("gpt", gpt_ckpt)) if checkpoint]
+        origins = {"vit": mllm_ckpt or vit_ckpt, "gpt": mllm_ckpt or gpt_ckpt, "connector": ""}
+        trained = [part for part, checkpoint in origins.items() if not checkpoint]
     for name, p in model.named_parameters():
-        is_new = re.search(r"\.(cross_|tiles_|across\.)", name) is not None
-        p.requires_grad_(is_new or name.split(".")[0] not in frozen)
+        p.requires_grad_(part_of(name) in trained)
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"phase {phase}: {n:,} parameters train; frozen: {', '.join(frozen) or 'none'}")
+    print(f"phase {phase}: {n:,} parameters train, of {', '.join(trained)}; all others are frozen")
 
 
 def load_captioner(path, stage, device, dtype):
@@ -555,7 +542,7 @@ def use(stage, path, settings):
 # training -----------------------------------------------------------------------------------------
 
 
-def train(model, data, phase, first_step, last_step, settings, resumed, seconds):
+def train_phase(model, data, phase, first_step, last_step, settings, resumed, seconds):
     """Train one phase, from first_step to last_step. Return the best validation score, and the
     seconds of training, which include those of the phase before."""
     out = Path(out_dir)
@@ -568,7 +555,7 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
         run.restore(resumed, model, optimizers)
     same_view = crop == 1 and not (jitter or mirror or train_size or patch_dropout)
-    frozen_vit = phase == "sft" and not train_vit and same_view and max_tiles == 1
+    frozen_vit = phase == "sft" and "vit" not in train and same_view and max_tiles == 1
     features = in_batches(model, model.vit.features, data["images"]) if frozen_vit else None
 
     # for checkpoints
@@ -614,7 +601,7 @@ def train(model, data, phase, first_step, last_step, settings, resumed, seconds)
         for part, batch in zip(parts, batches):
             ids, targets, segments = (t if t is None else t.to(device) for t in batch[2:])
             if word_dropout:
-                ids = hide_words(ids, tokenizer)
+                ids = hide_words(ids, tokenizer, word_dropout)
             with run.autocast(model):
                 if features is not None:
                     tokens = model.connect(features[batch.images])
@@ -651,6 +638,9 @@ def main(argv=None):
     if image or prompt or chat or eval_only:
         return use("mllm", out / "sft.pt", settings)
     assert fusion in ("prefix", "cross"), f"fusion={fusion}: prefix or cross"
+    assert set(train.split(",")) <= {"vit", "connector", "gpt"}, (
+        f"train={train}: of vit, connector, gpt those that train, such as connector,gpt"
+    )
     assert (
         max_tiles == 1 or fusion == "cross" and not (crop < 1 or jitter or mirror or train_size)
     ), "max_tiles above 1 needs fusion=cross, and tiles are not augmented"
@@ -669,11 +659,11 @@ def main(argv=None):
     seconds = 0.0
     n_align = math.ceil(align_share * max_steps)
     if n_align and not (resumed and resumed["phase"] == "sft"):
-        _, seconds = train(
+        _, seconds = train_phase(
             model, only_captions(data), "align", 0, n_align, settings, resumed, seconds
         )
         resumed = None
-    best, seconds = train(model, data, "sft", n_align, max_steps, settings, resumed, seconds)
+    best, seconds = train_phase(model, data, "sft", n_align, max_steps, settings, resumed, seconds)
 
     if run.is_main():
         plot(out, right=(f"val_{data['metric']}",))

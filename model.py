@@ -527,9 +527,10 @@ class DecoderBlock(EncoderBlock):
         self.cross_attn = self.cross_gate = None
         if cross:
             self.cross_norm = make_norm(norm, n_embd)
-            # behind a gate of zero, a projection of zeros would get no gradient, nor would the gate
+            # Behind a gate of zero, a projection of zeros would get no gradient, nor would the gate.
+            # A bias would change text without an image.
             self.cross_attn = MultiHeadAttention(
-                n_embd, n_head, bias=bias, proj_std=n_embd**-0.5 if gated else 0.0
+                n_embd, n_head, bias=bias and not gated, proj_std=n_embd**-0.5 if gated else 0.0
             )
             self.cross_gate = nn.Parameter(torch.zeros(1)) if gated else None
 
@@ -592,20 +593,20 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """n_layer decoder blocks and a last norm. Every cross_every-th block has cross-attention; 0:
-    none has.
+    """n_layer decoder blocks and a last norm. The blocks cross_layers, counted from 0, have
+    cross-attention.
 
     block: further arguments of DecoderBlock.
     """
 
-    def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_every=0, **block):
+    def __init__(self, n_layer, n_embd, n_head, norm="layer", cross_layers=(), **block):
         super().__init__()
-        assert cross_every <= n_layer, (
-            f"cross_every={cross_every}: with n_layer={n_layer} no block has cross-attention"
+        assert set(cross_layers) <= set(range(n_layer)), (
+            f"cross_layers={cross_layers}: there are the blocks 0 to {n_layer - 1}"
         )
         self.blocks = nn.ModuleList()
         for i in range(n_layer):
-            has_cross = cross_every > 0 and (i + 1) % cross_every == 0
+            has_cross = i in cross_layers
             self.blocks.append(DecoderBlock(n_embd, n_head, norm=norm, cross=has_cross, **block))
         self.norm = make_norm(norm, n_embd)
 
@@ -817,8 +818,7 @@ class GPTConfig:
     norm: str = "rms"
     positions: str = "rotary"  # or "learned", as GPT-2 has
     bias: bool = False
-    # every so many-th block attends to a memory, such as image tokens; 0: none does
-    cross_every: int = 0
+    cross_layers: tuple = ()  # blocks that attend to a memory, such as image tokens
     gated: bool = True  # through gates that start at 0, which leave a trained GPT as it was
     # options, see section 9
     n_experts: int = 0  # above 0: MixtureOfExperts
@@ -858,7 +858,7 @@ class GPT(nn.Module):
             c.n_embd,
             c.n_head,
             c.norm,
-            c.cross_every,
+            c.cross_layers,
             gated=c.gated,
             activation=c.activation,
             dropout=c.dropout,
@@ -1007,7 +1007,7 @@ CONNECTORS = {"linear": LinearConnector, "mlp": MLPConnector}  # further ones: s
 @dataclass
 class MLLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
-    # cross_every > 0: image tokens are attended, not inserted
+    # with cross_layers image tokens are attended, not inserted
     gpt: GPTConfig = field(default_factory=GPTConfig)
     connector: str = "mlp"  # or another one of CONNECTORS
     max_images: int = 1  # that are adjacent in a prompt; above 1 see ImageComparison
@@ -1024,7 +1024,7 @@ class MLLMConfig:
         cross-attention."""
         assert self.connector in CONNECTORS, f"connector={self.connector}: {', '.join(CONNECTORS)}"
         side = image_size // self.vit.patch_size
-        return 1 if self.gpt.cross_every else CONNECTORS[self.connector].n_tokens(side)
+        return 1 if self.gpt.cross_layers else CONNECTORS[self.connector].n_tokens(side)
 
 
 class MLLM(nn.Module):
@@ -1035,7 +1035,7 @@ class MLLM(nn.Module):
     alone. Two fusions:
     - prefix: each placeholder is replaced by one image token, which the GPT reads like a word
       (LLaVA, Liu et al. 2023).
-    - cross (config.gpt.cross_every > 0): one placeholder, a marker, represents a whole image. The
+    - cross (config.gpt.cross_layers): one placeholder, a marker, represents a whole image. The
       image tokens are a memory for the GPT's cross-attention (Flamingo, Alayrac et al. 2022).
 
     images: (M, 3, H, W) pixels, or their (M, N, C) image tokens from encode(), to reuse these.
@@ -1049,14 +1049,14 @@ class MLLM(nn.Module):
         super().__init__()
         self.config = c = config
         assert (
-            not c.vit.patch_dropout or c.gpt.cross_every and not CONNECTORS[c.connector].needs_grid
+            not c.vit.patch_dropout or c.gpt.cross_layers and not CONNECTORS[c.connector].needs_grid
         ), "patch_dropout needs fusion=cross and a connector that does not need all patches"
         self.vit = VITS[c.vit.kind](c.vit)
         # features of patches are needed here, not classes
         self.vit.pool = self.vit.head = nn.Identity()
         self.connector = CONNECTORS[c.connector](self.vit.n_features, c.gpt.n_embd)
         self.compare = ImageComparison(c.max_images, c.gpt.n_embd) if c.max_images > 1 else None
-        self.marker = nn.Embedding(1, c.gpt.n_embd) if c.gpt.cross_every else None
+        self.marker = nn.Embedding(1, c.gpt.n_embd) if c.gpt.cross_layers else None
         init_weights(self)
         self.gpt = GPT(c.gpt)
 
@@ -1547,10 +1547,26 @@ class TileEmbedding(nn.Module):
         return x + self.gate.tanh() * vectors
 
 
+class GatedEncoderBlock(EncoderBlock):
+    """An encoder block whose two parts are multiplied by the tanh of learnt numbers that start at
+    0, so it changes nothing at first (Llama 3.2 Vision)."""
+
+    def __init__(self, n_embd, n_head, **block):
+        super().__init__(n_embd, n_head, **block)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+        # behind a gate of zero, weights of zero would get no gradient
+        self.attn.proj.std = self.ff.proj.std = n_embd**-0.5
+
+    def forward(self, x, mask=None):
+        x = x + self.attn_gate.tanh() * self.drop(self.attn(self.norm1(x), mask=mask))
+        return x + self.ff_gate.tanh() * self.ff(self.norm2(x))
+
+
 class TiledViT(ViT):
     """A ViT for images on up to max_tiles tiles (Llama 3.2 Vision): its blocks see each tile by
-    itself, then across_layer further blocks see all tiles of an image. The outputs of the blocks
-    named in keep are features too."""
+    itself, then across_layer further, gated blocks see all tiles of an image. The outputs of the
+    blocks named in keep are features too."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1558,8 +1574,12 @@ class TiledViT(ViT):
         self.tiles_before = TileEmbedding(config.n_embd)
         self.tiles_after = TileEmbedding(config.n_embd)
         self.across = nn.ModuleList(
-            EncoderBlock(
-                config.n_embd, config.n_head, config.activation, config.norm, config.dropout
+            GatedEncoderBlock(
+                config.n_embd,
+                config.n_head,
+                activation=config.activation,
+                norm=config.norm,
+                dropout=config.dropout,
             )
             for _ in range(config.across_layer)
         )
@@ -1601,7 +1621,7 @@ class TiledMLLM(MLLM):
         tiles = features.unflatten(1, (self.config.vit.max_tiles, -1)).flatten(0, 1)
         exists = tiles.any(dim=2).any(dim=1)[:, None, None]
         tokens = self.connector(tiles) * exists
-        return tokens.unflatten(0, (len(features), -1)).flatten(1, 2)
+        return tokens.unflatten(0, (-1, self.config.vit.max_tiles)).flatten(1, 2)
 
     def embed_cross(self, x, tokens, is_image):
         x, memory, mask = super().embed_cross(x, tokens, is_image)
@@ -1648,7 +1668,8 @@ class Transformer(nn.Module):
         self.drop = Dropout(dropout)
         block = {"activation": "relu", "dropout": dropout}
         self.encoder = TransformerEncoder(n_layer, n_embd, n_head, **block)
-        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, cross_every=1, **block)
+        everywhere = range(n_layer)
+        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, cross_layers=everywhere, **block)
         init_weights(self)
         # embed() multiplies by sqrt(n_embd)
         nn.init.normal_(self.embedding.weight, std=n_embd**-0.5)

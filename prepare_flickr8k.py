@@ -5,8 +5,8 @@ Pack Flickr8k, or a folder of your own, into data/<name>/ for vit.py, gpt.py and
     python prepare_flickr8k.py --source=DIR --out_dir=data/mine  # your own
 
 DIR holds images, or has them in DIR/Images, and either captions.txt with lines `image,caption`, or
-conversations in *.jsonl, in the layouts of config/tools/conversations.py. They are split 80/10/10,
-so that no image is in two splits. Writes:
+conversations in *.jsonl or *.json, in the layouts of config/tools/conversations.py. They are split
+80/10/10, so that no image is in two splits. Writes:
 
     images.npy               (n, 3, size, size) uint8, or (n, max_tiles, 3, size, size)
     layouts.npy              (n,) indices in model.LAYOUTS, with max_tiles above 1
@@ -33,15 +33,26 @@ from config.tools.conversations import (
     split_by_image,
     split_randomly,
 )
-from config.tools.data import UNREADABLE, download, save_array, save_json, to_images, to_rgb
+from config.tools.data import (
+    UNREADABLE,
+    download,
+    load_tokenizer,
+    save_array,
+    save_json,
+    to_images,
+    to_rgb,
+)
 from config.tools.run import fail, one_line_errors, show_progress
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what --dataset=flickr8k reads
-source = ""  # a folder with your own captions.txt or *.jsonl; empty: Flickr8k
+source = ""  # a folder with your own captions.txt, *.jsonl or *.json; empty: Flickr8k
 size = 112  # pixels per side; photos are squeezed to squares, unless max_tiles is above 1
 max_tiles = 1  # above 1, at most 4: photos keep their proportions, on up to so many square tiles
 vocab_size = 4096  # of the tokenizer, including special ids and bytes
+tokenizer = (
+    ""  # a folder packed before, such as data/one, whose tokenizer is used; empty: train one
+)
 
 # No official checksum is known, so the photos are counted. The second address, the publisher's own,
 # does not always answer.
@@ -136,7 +147,7 @@ def read_folder(folder):
     assert folder.is_dir(), f"--source={folder} is not a folder"
     images = folder / "Images" if (folder / "Images").is_dir() else folder
     caption_file = folder / "captions.txt"
-    conversation_files = sorted(folder.glob("*.jsonl"))
+    conversation_files = sorted(folder.glob("*.json*"))
     if conversation_files:
         assert not caption_file.is_file(), (
             f"{folder} holds both captions.txt and {conversation_files[0].name}; move one away"
@@ -145,7 +156,7 @@ def read_folder(folder):
         return conversation_table(samples, list(named)), images, named
     assert caption_file.is_file(), (
         f"{caption_file} is missing: a line `image,caption` for each caption of each image in "
-        f"{folder}; or conversations in *.jsonl"
+        f"{folder}; or conversations in *.jsonl or *.json"
     )
     captions = read_captions(caption_file, images)
     splits = split_randomly(sorted(captions), f"images in {caption_file}")
@@ -206,18 +217,18 @@ def main(argv=None):
     save_array(out / "images.npy", images)
 
     texts = [text for conversation in texts_of(table, "train") for text in conversation]
-    tokenizer = BPETokenizer.train(texts, vocab_size)
+    bpe = load_tokenizer(tokenizer) if tokenizer else BPETokenizer.train(texts, vocab_size)
     for split in SPLITS:
         conversations = texts_of(table, split)
         random.Random(0).shuffle(conversations)  # captions of a photo are apart in the stream
-        ids = encode(conversations, tokenizer)
+        ids = encode(conversations, bpe)
         save_array(out / f"{split}.npy", ids)
         kind = "captions" if "captions" in table else "conversations"
         n = len(conversations)
         print(f"{out}: {split}, {n:,} {kind} of {len(ids) / n:.1f} tokens on average")
-    save_json(out / "tokenizer.json", tokenizer.state())
+    save_json(out / "tokenizer.json", bpe.state())
     save_json(out / "captions.json", table)
-    print(f"{out}: images.npy {tuple(images.shape)}, {tokenizer.vocab_size} token ids")
+    print(f"{out}: images.npy {tuple(images.shape)}, {bpe.vocab_size} token ids")
 
 
 if __name__ == "__main__":

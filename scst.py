@@ -58,7 +58,6 @@ eval_split = "val"  # what eval_only evaluates: train, val or test
 image = ""  # caption this file, folder or URL and stop, or answer about it; see mllm.py
 prompt = ""  # ask this about image, instead
 chat = False  # talk about image in the terminal, turn by turn
-frames = 0  # images that a clip is read as; see mllm.py
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # bfloat16 where the hardware has instructions for it, else float32
 seed = 1337  # of everything random: batches, augmentation, samples

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import config
@@ -50,7 +51,7 @@ seed = 1337  # of everything random: weights, batches, augmentation, dropout
 task = "classify"  # learn the classes of CIFAR-10; or clip: match photos with their captions
 dataset = "cifar10"  # for clip a folder under data/ of prepare_flickr8k.py, such as flickr8k
 batch_size = 256  # images per step, over all processes
-accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
+accumulation = 1  # parts that a process splits its share of the batch into; clip: always 1
 image_size = 64  # CIFAR's 32 pixels doubled: the stem halves them at once
 first_size = 32  # images grow from this size: a quarter of the patches take a third of the time
 train_size = 0  # clip: they grow to this size; things look larger in crops; 0: image_size
@@ -66,8 +67,6 @@ n_head = 6  # attention heads per block
 n_embd = 192  # channels
 dropout = 0.0  # augmentation does more at this size
 patch_dropout = 0.0  # share of the patches that are left out in training
-activation = "gelu"  # relu, gelu or swiglu
-norm = "layer"  # or rms
 stem = "residual"  # convolutions; or patch: one linear layer as in the ViT paper, for more data
 label_smoothing = 0.1  # share of CIFAR-10's target that is spread over all classes
 words_weight = 1.0  # clip: of predicting the words of a photo's captions; 0: matching alone
@@ -138,8 +137,6 @@ def vit_config(**others):
         n_head,
         n_embd,
         dropout=dropout,
-        activation=activation,
-        norm=norm,
         stem=stem,
         patch_dropout=patch_dropout,
         **others,
@@ -262,12 +259,27 @@ def learn_matching(model, data, rows, step):
     images = resize(images, size)
     ids = pad_texts(captions, data["tokenizer"], max_tokens).to(dev)
     words = data["words"][run.my_share(rows)].to(dev)
-    if accumulation * run.n_processes() > 1:
-        return learn_matching_in_parts(model, images, ids, words)
     vectors, word_logits = embed_pairs(model, images, ids)
-    loss = model.loss(*vectors) + words_weight * F.cross_entropy(word_logits, words)
+    loss = model.loss(*gather(vectors))  # every photo is compared with all texts of the batch
+    loss = (loss + words_weight * F.cross_entropy(word_logits, words)) / run.n_processes()
     loss.backward()
     return loss.detach()
+
+
+def gather(tensor):
+    """Return the tensors of all processes, joined along their second dimension.
+
+    The gradient of a loss that all processes compute reaches this process's part alone, so it is
+    multiplied by their number.
+    """
+    n = run.n_processes()
+    if n == 1:
+        return tensor
+    own = tensor.detach()
+    tensors = [torch.empty_like(own) for _ in range(n)]
+    dist.all_gather(tensors, own.contiguous())
+    tensors[run.rank()] = own + n * (tensor - own)
+    return torch.cat(tensors, dim=1)
 
 
 def embed_pairs(model, images, ids):
@@ -277,33 +289,6 @@ def embed_pairs(model, images, ids):
         pooled = model.vit.pooled(images)
         vectors = torch.stack((model.embed_pooled(pooled), model.embed_texts(ids)))
         return vectors, model.words_head(pooled).float()
-
-
-def learn_matching_in_parts(model, images, ids, words):
-    """Do the same where several processes or parts share a batch, in which every photo is compared
-    with all texts.
-
-    A first pass without gradients embeds all of the batch, from which follow the loss and its
-    gradient with respect to each vector. A second pass, part by part, takes these gradients back to
-    the weights (GradCache, Gao et al. 2021).
-    """
-    parts = list(
-        zip(images.chunk(accumulation), ids.chunk(accumulation), words.chunk(accumulation))
-    )
-    n_processes = run.n_processes()
-    with torch.no_grad():
-        own = torch.cat([embed_pairs(model, x, y)[0] for x, y, _ in parts], dim=1)
-    batch = torch.cat(run.gather(own), dim=1).requires_grad_()  # (2, B, n_shared)
-    loss = model.loss(*batch) / n_processes  # all processes compute all of it
-    loss.backward()
-    loss = loss.detach()
-    own_gradient = batch.grad.chunk(n_processes, dim=1)[run.rank()] * n_processes
-    for (x, y, w), gradient in zip(parts, own_gradient.chunk(accumulation, dim=1)):
-        vectors, word_logits = embed_pairs(model, x, y)
-        words_loss = words_weight * F.cross_entropy(word_logits, w) / (len(parts) * n_processes)
-        torch.autograd.backward([vectors, words_loss], [gradient, None])
-        loss += words_loss.detach()
-    return loss
 
 
 @torch.no_grad()
@@ -379,6 +364,9 @@ def main(argv=None):
     assert task in ("classify", "clip"), f"task={task}: classify or clip"
     assert task != "clip" or dataset != "cifar10", (
         "task=clip learns from captions: see config/clip_cpu.py"
+    )
+    assert task != "clip" or accumulation == 1, (
+        "task=clip compares all of a batch: accumulation is 1"
     )
     assert first_size % patch_size == train_size % patch_size == 0, (
         f"first_size and train_size must be multiples of patch_size={patch_size}"

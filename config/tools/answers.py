@@ -47,8 +47,7 @@ def read_images(checkpoint, model, settings):
     )
     if not settings["image"]:
         return [("no image", [])], []
-    n_frames = settings["frames"]
-    sources, broken = open_images(settings["image"], n_frames or max_images, clip=n_frames > 0)
+    sources, broken = open_images(settings["image"], max_images)
     for name, images in sources:
         assert len(images) <= max_images, (
             f"{name}: {len(images)} images; this model has learnt at most {max_images}"
@@ -56,14 +55,22 @@ def read_images(checkpoint, model, settings):
     return sources, broken
 
 
-def encode_photos(model, photos, size):
-    """Return k PIL images as the model takes them, size pixels a side, and their image tokens (k,
-    N, C)."""
-    images = to_images(photos, size, model.config.vit.max_tiles)
-    device = device_of(model)
-    if not photos:
-        return images, torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
-    return images, model.encode(images.to(device))
+def image_size_of(checkpoint):
+    return checkpoint.get("sft_settings", checkpoint["settings"])["image_size"]
+
+
+def encode_photos(model, checkpoint, photos):
+    """Return k PIL images as the model takes them, and their image tokens (k, N, C)."""
+    images = to_images(photos, image_size_of(checkpoint), model.config.vit.max_tiles)
+    return images, model.encode(images.to(device_of(model)))
+
+
+def encode_messages(model, checkpoint, messages, encode):
+    """Return messages as a prompt, (1, T) ids, and the tokenizer."""
+    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    n_placeholders = model.config.n_placeholders(image_size_of(checkpoint))
+    ids, _ = encode(messages, tokenizer, n_placeholders)
+    return torch.tensor([ids + [tokenizer.bos_id]], device=device_of(model)), tokenizer
 
 
 @torch.no_grad()
@@ -71,19 +78,16 @@ def answer_files(model, checkpoint, settings, encode):
     """Print what the model says about a user's images, with log-probabilities, and draw it; of the
     first images also where the model looked for each word."""
     sources, broken = read_images(checkpoint, model, settings)
-    device = device_of(model)
-    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-    size = checkpoint.get("sft_settings", checkpoint["settings"])["image_size"]
-    generator = torch.Generator(device).manual_seed(settings["seed"])
+    generator = torch.Generator(device_of(model)).manual_seed(settings["seed"])
     n = settings["num_captions"]
     out = Path(settings["out_dir"])
     pictures, titles = [], []
     for i, (name, photos) in enumerate(sources):
         messages = user_message(settings["prompt"], len(photos))
-        ids, _ = encode(messages, tokenizer, model.config.n_placeholders(size))
-        prompt = torch.tensor([ids + [tokenizer.bos_id]], device=device)
+        prompt, tokenizer = encode_messages(model, checkpoint, messages, encode)
+        thumbnails = to_images(photos, 256)
         with evaluating(model), autocast(model):
-            images, tokens = encode_photos(model, photos, size)
+            images, tokens = encode_photos(model, checkpoint, photos)
             answers = model.generate(
                 tokens,
                 prompt,
@@ -99,11 +103,7 @@ def answer_files(model, checkpoint, settings, encode):
             if photos and texts[0] and i < N_ATTENTION_PICTURES:
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
                 path = out / f"places_{i + 1}_{Path(name.split(',')[0]).stem[:50]}.png"
-                shown = (
-                    to_images(photos, 256)
-                    if torch.is_tensor(images)
-                    else images.pixels.flatten(0, 1)
-                )
+                shown = thumbnails if torch.is_tensor(images) else images.pixels.flatten(0, 1)
                 draw_places(path, shown, words, places.cpu())
         lines = [f"{text}  (log p {value:.1f})" for text, value in zip(texts, log_p.tolist())]
         for line in lines:
@@ -111,9 +111,7 @@ def answer_files(model, checkpoint, settings, encode):
         if photos and log_p.max() < checkpoint["low_log_p"]:
             print(f"{name}: {UNLIKE}")
         if photos:
-            pictures.append(
-                side_by_side([join_tiles(to_images([photo], 256), 0) for photo in photos])
-            )
+            pictures.append(side_by_side(thumbnails))
             titles.append("\n".join([settings["prompt"], *lines]).strip())
     if pictures:
         save_grid(out / "captioned.png", pictures, titles)
@@ -140,48 +138,29 @@ def chat(model, checkpoint, settings, encode):
     """Talk about a user's images in the terminal, until an empty line or the end of the input."""
     sources, broken = read_images(checkpoint, model, settings)
     assert len(sources) == 1, (
-        "a chat is about one image, several (--image=a.png,b.png) or a clip (--frames=8)"
+        "a chat is about one image, several (--image=a.png,b.png) or a clip (--image=a.gif)"
     )
     _, photos = sources[0]
-    device = device_of(model)
-    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-    size = checkpoint.get("sft_settings", checkpoint["settings"])["image_size"]
-    n_placeholders = model.config.n_placeholders(size)
-    generator = torch.Generator(device).manual_seed(settings["seed"])
+    generator = torch.Generator(device_of(model)).manual_seed(settings["seed"])
     block_size = model.config.gpt.block_size
     messages = []
     print("ask; an empty line ends the chat")
     with evaluating(model), autocast(model):
-        _, tokens = encode_photos(model, photos, size)
+        _, tokens = encode_photos(model, checkpoint, photos)
         while text := read_line():
             messages.append({"role": "user", "content": text})
             first, *others = messages
             opening = user_message(first["content"], len(photos))
-            ids, _ = encode(opening + others, tokenizer, n_placeholders)
-            if len(ids) + 8 > block_size:  # bos, and a few tokens of the answer
+            prompt, tokenizer = encode_messages(model, checkpoint, opening + others, encode)
+            if prompt.size(1) + 7 > block_size:  # a few tokens of the answer
                 print("(the context is full: what was said until here is forgotten)")
                 messages = []
                 continue
-            prompt = torch.tensor([ids + [tokenizer.bos_id]], device=device)
-            embedded = model.embed(tokens, prompt)
-            written, shown = [], ""
-            n_left = block_size - prompt.size(1)
-            for token in model.gpt.stream(
-                prompt,
-                n_left,
-                tokenizer.eos_id,
-                embedded=embedded,
-                temperature=settings["temperature"],
-                generator=generator,
-            ):
-                written.append(token.item())
-                answer = tokenizer.decode(written)
-                # else a character whose last bytes are still to come
-                if not answer.endswith("\ufffd"):
-                    print(answer[len(shown) :], end="", flush=True)
-                    shown = answer
-            print()
-            messages.append({"role": "assistant", "content": shown})
+            temperature = settings["temperature"]
+            written = model.generate(tokens, prompt, block_size, temperature, generator=generator)
+            answer = tokenizer.decode(written[0].tolist())
+            print(answer)
+            messages.append({"role": "assistant", "content": answer})
 
 
 def read_line():
@@ -201,7 +180,7 @@ def attention_to_images(model, tokens, ids):
     each of ids (B, T): (B, T, k * N), the mean over layers and heads, with sum 1. tokens: (B * k,
     N, C) image tokens, k per row."""
     blocks = model.gpt.decoder.blocks
-    is_cross = model.config.gpt.cross_every > 0
+    is_cross = model.marker is not None
     layers = (
         [block.cross_attn for block in blocks if block.cross_attn is not None]
         if is_cross

@@ -1,12 +1,15 @@
 """
-Read conversations from files, *.jsonl, with one JSON object per line in either of two layouts:
+Read conversations from files: *.jsonl with one JSON object per line, or *.json with an array of
+them. MiniMind-V's layout, LLaVA's and LLaMA-Factory's:
 
-    MiniMind-V  {"conversations": [{"role": "user", "content": "<image>what is it?"},
-                                   {"role": "assistant", "content": "A dog."}],
-                 "image": "a.jpg, b.jpg"}
-    LLaVA       {"conversations": [{"from": "human", "value": "..."},
-                                   {"from": "gpt", "value": "..."}],
-                 "image": "a.jpg" or ["a.jpg", "b.jpg"] or absent}
+    {"conversations": [{"role": "user", "content": "<image>\\nwhat is it?"},
+                       {"role": "assistant", "content": "A dog."}], "image": "a.jpg, b.jpg"}
+    {"conversations": [{"from": "human", "value": "..."},
+                       {"from": "gpt", "value": "..."}], "image": "a.jpg"}
+    {"messages": [{"role": "system", "content": "..."}, ...], "images": ["a.jpg", "b.jpg"]}
+
+"image" or "images" is a name, names with commas between them, a list, or absent. What a system turn
+says becomes the beginning of the first user turn.
 """
 
 import json
@@ -16,6 +19,8 @@ import re
 from config.tools.run import fail
 
 ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}  # ours: the files'
+KEYS = {"conversations", "messages", "image", "images", "id"}
+FILE = re.compile(r"\.\w{3,4}\b")  # a name with an ending, under a key that is not known
 
 
 def numbered_lines(file):
@@ -30,46 +35,79 @@ def numbered_lines(file):
             yield where, text
 
 
-def read_message(turn, i, where):
-    """Return turn i of a conversation, counted from 1, as {"role": ..., "content": ...}."""
-    assert isinstance(turn, dict), f'{where}: turn {i} is not {{"role": ..., "content": ...}}'
-    role = "user" if i % 2 else "assistant"
-    found = turn.get("role", turn.get("from"))
-    text = turn.get("content", turn.get("value"))
-    assert found in ROLES[role], (
-        f"{where}: turn {i} has the role {found!r} instead of {' or '.join(ROLES[role])}: user and "
-        f"assistant take turns, and the user begins"
-    )
-    assert isinstance(text, str), f"{where}: turn {i} has no text"
-    text = re.sub(r"\s*<image>\s*", "<image>", text.strip())
-    if role == "assistant":
-        assert text, f"{where}: turn {i} is an empty answer"
-        assert "<image>" not in text, f"{where}: turn {i} is an answer with <image> in it"
-    return {"role": role, "content": text}
-
-
-def read_sample(line, where):
-    """Return the sample {"images": [file names], "messages": [...]} of a line."""
+def parse(text, where):
+    """Return the value of JSON, a str or bytes in UTF-8."""
     try:
-        sample = json.loads(line)
+        return json.loads(text)
     except ValueError as e:
         fail(f"{where}: not JSON ({e})")
-    assert isinstance(sample, dict) and isinstance(sample.get("conversations"), list), (
-        f'{where}: it has no "conversations", a list of turns {{"role": ..., "content": ...}}'
-    )
-    messages = [read_message(turn, i, where) for i, turn in enumerate(sample["conversations"], 1)]
+
+
+def read_values(file):
+    """Yield ("<file>, line <n>", value) for each line of *.jsonl; of *.json ("<file>, sample <n>",
+    value)."""
+    if file.suffix == ".jsonl":
+        for where, line in numbered_lines(file):
+            yield where, parse(line, where)
+    else:
+        values = parse(file.read_bytes(), file)
+        assert isinstance(values, list), f"{file}: not an array of samples"
+        for number, value in enumerate(values, 1):
+            yield f"{file}, sample {number}", value
+
+
+def read_messages(turns, where):
+    """Return the turns of a conversation as [{"role": ..., "content": ...}, ...]."""
+    messages = []
+    system = ""
+    for i, turn in enumerate(turns, 1):
+        assert isinstance(turn, dict), f'{where}: turn {i} is not {{"role": ..., "content": ...}}'
+        found = turn.get("role", turn.get("from"))
+        text = turn.get("content", turn.get("value"))
+        assert isinstance(text, str), f"{where}: turn {i} has no text"
+        text = re.sub(r"\s*<image>\s*", "<image>", text.strip())
+        if i == 1 and found == "system":
+            system = f"{text}\n"
+            continue
+        role = "assistant" if len(messages) % 2 else "user"
+        assert found in ROLES[role], (
+            f"{where}: turn {i} has the role {found!r} instead of {' or '.join(ROLES[role])}: user "
+            f"and assistant take turns, and the user begins"
+        )
+        if role == "assistant":
+            assert text, f"{where}: turn {i} is an empty answer"
+            assert "<image>" not in text, f"{where}: turn {i} is an answer with <image> in it"
+        messages.append({"role": role, "content": text if messages else system + text})
     assert messages and len(messages) % 2 == 0, (
         f"{where}: the last turn is not an answer of the assistant"
     )
-    images = sample.get("image") or []
+    return messages
+
+
+def read_sample(value, where):
+    """Return the sample {"images": [file names], "messages": [...]} of a JSON value."""
+    turns = None
+    if isinstance(value, dict):
+        turns = value.get("conversations", value.get("messages"))
+    assert isinstance(turns, list), (
+        f'{where}: it has no "conversations", a list of turns {{"role": ..., "content": ...}}'
+    )
+    for key in value.keys() - KEYS:
+        assert not FILE.search(str(value[key])), (
+            f'{where}: the key "{key}" is unknown; files are named by "image" or "images"'
+        )
+    assert not {"image", "images"} <= value.keys(), f'{where}: it has both "image" and "images"'
+    images = value.get("image") or value.get("images") or []
     if isinstance(images, str):
         images = images.split(",")
     assert isinstance(images, list), (
-        f'{where}: "image" is neither a file name, nor names with commas between them, nor a list'
+        f"{where}: the images are neither a file name, nor names with commas between them, nor a "
+        f"list"
     )
-    images = [str(name).strip() for name in images]
+    images = [name.strip() for name in map(str, images)]
+    messages = read_messages(turns, where)
     n = str(messages).count("<image>")
-    assert n in (0, len(images)), (
+    assert n == 0 or 0 < len(images) <= n, (
         f"{where}: <image> occurs {n} times in the text, and there are {len(images)} images"
     )
     if n == 0:
@@ -77,20 +115,35 @@ def read_sample(line, where):
     return {"images": images, "messages": messages}
 
 
+def drop_surplus(sample):
+    """Remove the last <image> of a sample until there are as many as images. Return how many."""
+    n_surplus = str(sample["messages"]).count("<image>") - len(sample["images"])
+    n_left = n_surplus
+    for message in reversed(sample["messages"]):
+        while n_left and "<image>" in message["content"]:
+            message["content"] = "".join(message["content"].rsplit("<image>", 1))
+            n_left -= 1
+    return n_surplus
+
+
 def read_conversations(files, folder):
-    """Return the samples of *.jsonl files about images in a folder, and where each image is named.
+    """Return the samples of files about images in a folder, and where each image is named.
 
     The latter is {image: "<file>, line <n>"}, the first of its lines. A bad line ends the program.
     """
     samples = []
     named = {}
+    n_surplus = 0
     for file in files:
-        for where, text in numbered_lines(file):
-            sample = read_sample(text, where)
+        for where, value in read_values(file):
+            sample = read_sample(value, where)
             for name in sample["images"]:
                 assert (folder / name).is_file(), f"{where}: there is no image {name} in {folder}"
                 named.setdefault(name, where)
+            n_surplus += drop_surplus(sample)
             samples.append(sample)
+    if n_surplus:
+        print(f"dropped {n_surplus} times <image>, the last of samples that name fewer images")
     return samples, named
 
 

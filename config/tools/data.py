@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from config.tools.run import fail, new_file, show_progress
-from model import LAYOUTS, tokenizer_from_state
+from model import IMAGE_ID, LAYOUTS, tokenizer_from_state
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
@@ -44,16 +44,15 @@ class TiledImages:
 def best_layout(width, height, max_tiles):
     """Return the index in LAYOUTS of the grid of square tiles for an image.
 
-    width, height: of the image, in tiles. Of the grids of at most max_tiles, the one on which the
-    image is reduced least; of several the one that is padded least, and then the smallest, which
-    LAYOUTS lists first.
+    width, height: of the image, in tiles. Of the grids of at most max_tiles, as in Llama 3.2
+    Vision, the one on which the image is enlarged least, or, if it fits none, reduced least; of
+    several the smallest.
     """
 
     def cost(i):
         rows, columns = LAYOUTS[i]
-        scale = min(columns / width, rows / height)  # the image then fits
-        padding = rows * columns - scale**2 * width * height
-        return max(0.0, 1 - scale), round(padding, 6)
+        scale = round(min(columns / width, rows / height), 6)  # the image then fits
+        return scale < 1, abs(scale - 1), rows * columns
 
     allowed = [i for i, (rows, columns) in enumerate(LAYOUTS) if rows * columns <= max_tiles]
     return min(allowed, key=cost)
@@ -135,12 +134,6 @@ def join_tiles(images, i):
 # images that a user points to ---------------------------------------------------------------------
 
 
-def middle_frames(frames, n):
-    """Return the middle frames of n equal parts of a sequence; all frames of a shorter one."""
-    n = min(n, len(frames))
-    return [frames[(2 * i + 1) * len(frames) // (2 * n)] for i in range(n)]
-
-
 def open_file(source, n_frames):
     """Return the images of a file: one, or n_frames evenly spaced frames of an animation.
 
@@ -148,10 +141,11 @@ def open_file(source, n_frames):
     """
     images = []
     with Image.open(source) as file:
-        frames = middle_frames(range(getattr(file, "n_frames", 1)), n_frames)
-        for frame in frames:
-            file.seek(frame)
-            image = file.copy() if len(frames) > 1 else file  # a frame builds on the one before
+        n = getattr(file, "n_frames", 1)
+        n_frames = min(n_frames, n)
+        for i in range(n_frames):
+            file.seek((2 * i + 1) * n // (2 * n_frames))  # the middle of each of n_frames parts
+            image = file.copy() if n_frames > 1 else file  # a frame builds on the one before
             image.thumbnail((1024, 1024))
             images.append(to_rgb(image))
     return images
@@ -173,25 +167,22 @@ def find_files(where):
         assert files, f"{where}: a folder without images ({', '.join(IMAGE_ENDINGS)})"
         return files
     assert path.suffix.lower() not in VIDEO_ENDINGS, (
-        f"{where}: make a folder of its frames first: mkdir clip; "
-        f"ffmpeg -i {where} -vf fps=4 clip/%04d.png; then --image=clip --frames=8"
+        f"{where}: make an animation of it first: ffmpeg -i {where} -vf fps=4,scale=256:-1 clip.gif"
     )
     assert path.is_file(), f"{where}: no such image file or folder"
     return [path]
 
 
-def open_images(where, n_frames=1, clip=False):
+def open_images(where, n_frames=1):
     """Open the images that a user points to.
 
     where: a file or a URL; files with commas between them, which are seen together; or a folder,
-        whose images are seen one by one, or together as the frames of a clip if clip is true.
-    n_frames: how many frames of an animation or a clip are seen.
+        whose images are seen one by one.
+    n_frames: how many frames of an animation are seen.
     Returns a list of (name, [PIL image, ...]), and the names of files that Pillow cannot read.
     """
     is_folder = os.path.isdir(where)
     files = find_files(where)
-    if is_folder and clip:
-        files = middle_frames(files, n_frames)
     opened, broken = [], []
     for file in files:
         try:
@@ -201,9 +192,9 @@ def open_images(where, n_frames=1, clip=False):
     assert opened and (is_folder or not broken), (
         f"{', '.join(broken)}: not an image that Pillow can read"
     )
-    if is_folder and not clip:
+    if is_folder:
         return opened, broken
-    name = Path(where).name if is_folder else ", ".join(name for name, _ in opened)
+    name = ", ".join(name for name, _ in opened)
     return [(name, [image for _, images in opened for image in images])], broken
 
 
@@ -281,6 +272,14 @@ def pad_texts(texts, tokenizer, max_tokens):
         tokens = [tokenizer.bos_id, *tokenizer.encode(text)[: max_tokens - 2], tokenizer.eos_id]
         row[: len(tokens)] = torch.tensor(tokens)
     return ids
+
+
+def hide_words(ids, tokenizer, share):
+    """Replace a share of the tokens by padding, but not images nor the beginnings and ends of
+    answers."""
+    special = torch.tensor([IMAGE_ID, tokenizer.bos_id, tokenizer.eos_id], device=ids.device)
+    is_hidden = torch.rand(ids.shape, device=ids.device) < share
+    return ids.masked_fill(is_hidden & ~torch.isin(ids, special), tokenizer.pad_id)
 
 
 # downloads ----------------------------------------------------------------------------------------
@@ -375,6 +374,12 @@ def prepare_command(dataset):
     return f"python prepare_flickr8k.py --source=DIR --out_dir=data/{dataset}"
 
 
+def load_tokenizer(folder):
+    """Return the tokenizer of the texts that prepare_flickr8k.py has packed into a folder."""
+    path = Path(folder) / "tokenizer.json"
+    return tokenizer_from_state(load_data(path, prepare_command(Path(folder).name)))
+
+
 def load_photos(dataset, image_size):
     """Return what prepare_flickr8k.py has packed into data/<dataset>.
 
@@ -390,7 +395,7 @@ def load_photos(dataset, image_size):
         layouts = torch.from_numpy(load_data(f"{folder}/layouts.npy", prepare))
         images = TiledImages(pixels, layouts)
     table = load_data(f"{folder}/captions.json", prepare)
-    tokenizer = tokenizer_from_state(load_data(f"{folder}/tokenizer.json", prepare))
+    tokenizer = load_tokenizer(folder)
     assert len(images) == len(table["names"]), (
         f"{folder} is half of one preparation and half of another; run {prepare} again"
     )

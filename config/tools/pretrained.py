@@ -337,3 +337,18 @@ def load_part(where, stage):
     if not is_pretrained(where):
         return load(where, *(("vit", "mllm") if stage == "vit" else ("gpt",)))
     return load_clip_vit(where) if stage == "vit" else load_gpt2(where)
+
+
+def load_weights(part, checkpoint, new, prefix=""):
+    """Load the weights of a part of a model from a checkpoint, where their names begin with prefix.
+    Parameters whose names match the pattern new keep their values."""
+    weights = checkpoint["model"]
+    state = part.state_dict()
+    for name in state:
+        if re.search(new, name):
+            continue
+        assert prefix + name in weights, f"the checkpoint has no {prefix}{name}"
+        state[name] = weights[prefix + name]
+        if name == "position.positions":  # a GPT may need fewer
+            state[name] = state[name][: len(part.state_dict()[name])]
+    part.load_state_dict(state)

@@ -3,7 +3,7 @@ What every run needs besides its model and its data.
 
     errors        fail, one_line_errors
     machine       pick_device, place, autocast
-    processes     is_main, my_share, sum_over_processes, gather
+    processes     is_main, my_share, sum_over_processes
     randomness    shared_generator, seed_step, epoch_rows
     files         save, load, start, log
 
@@ -173,15 +173,6 @@ def sum_over_processes(value, device):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
-
-
-def gather(tensor):
-    """Return a list of the contiguous tensors of all processes, of one shape, without gradients."""
-    if not dist.is_initialized():
-        return [tensor.detach()]
-    tensors = [torch.empty_like(tensor) for _ in range(n_processes())]
-    dist.all_gather(tensors, tensor.detach())
-    return tensors
 
 
 # randomness ---------------------------------------------------------------------------------------
