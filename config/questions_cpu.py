@@ -1,7 +1,7 @@
 """Questions about drawn images, pairs of images and clips, on two CPU cores."""
 out_dir = "out/questions"
 dataset = "questions"
-n_drawn = 12000  # groups of conversations about the same images
+n_drawn = 16000  # groups of conversations about the same images
 vit_ckpt = "out/shapes/sft.pt"  # python mllm.py: a ViT that knows shapes from captions
 train = "connector,gpt"  # the frozen ViT sees each image once
 connector = "abstractor"  # 9 tokens per image instead of 64: a clip has up to 8 images
