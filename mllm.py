@@ -27,7 +27,7 @@ import torch
 
 import config
 from config.tools import answers, run
-from config.tools.data import augment_photos, hide_words, load_groups
+from config.tools.data import augment_photos, hide_words, load_groups, texts_of
 from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
@@ -121,10 +121,6 @@ BRIEF = ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes
 # A sample is {"images": [indices], "messages": [{"role": "user" or "assistant", "content": text},
 # ...]} with <image> in the text where an image belongs; tokenize() adds "ids" and "is_answer".
 # Samples about the same images are a group.
-
-
-def texts_of(sample):
-    return [message["content"].replace("<image>", "") for message in sample["messages"]]
 
 
 def load_samples(dataset, image_size, n_drawn, max_tiles):

@@ -24,6 +24,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import config
@@ -36,13 +37,15 @@ from config.tools.conversations import (
 from config.tools.data import (
     UNREADABLE,
     download,
+    groups_of,
     load_tokenizer,
     save_array,
     save_json,
+    texts_of,
     to_images,
     to_rgb,
 )
-from config.tools.run import fail, one_line_errors, show_progress
+from config.tools.run import fail, new_file, one_line_errors, show_progress
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what --dataset=flickr8k reads
@@ -175,16 +178,6 @@ def open_photos(names, folder, named):
     show_progress("")
 
 
-def texts_of(table, split):
-    """Return the conversations of a split, lists of texts by user and assistant in turn."""
-    if "captions" in table:
-        return [["", caption] for i in table["splits"][split] for caption in table["captions"][i]]
-    return [
-        [message["content"].replace("<image>", "") for message in sample["messages"]]
-        for sample in table["samples"][split]
-    ]
-
-
 def encode(conversations, tokenizer):
     """Return conversations as one stream of ids: question, bos, answer, eos, question, ..."""
     ids = []
@@ -210,16 +203,20 @@ def main(argv=None):
         named = {}
     names = table["names"]
     assert names, f"{source} holds conversations without images"
-    images = to_images(open_photos(names, folder, named), size, max_tiles, len(names))
+    tiles = [max_tiles] * (max_tiles > 1)
+    shape = (len(names), *tiles, 3, size, size)
+    with new_file(out / "images.npy") as partial:  # mapped into memory: it may be larger than that
+        array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        pixels = torch.from_numpy(array).view(-1, max_tiles, 3, size, size)
+        images = to_images(open_photos(names, folder, named), size, max_tiles, pixels)
     if max_tiles > 1:
         save_array(out / "layouts.npy", images.layouts)
-        images = images.pixels
-    save_array(out / "images.npy", images)
 
-    texts = [text for conversation in texts_of(table, "train") for text in conversation]
+    groups = groups_of(table)
+    texts = [text for group in groups["train"] for sample in group for text in texts_of(sample)]
     bpe = load_tokenizer(tokenizer) if tokenizer else BPETokenizer.train(texts, vocab_size)
     for split in SPLITS:
-        conversations = texts_of(table, split)
+        conversations = [texts_of(sample) for group in groups[split] for sample in group]
         random.Random(0).shuffle(conversations)  # captions of a photo are apart in the stream
         ids = encode(conversations, bpe)
         save_array(out / f"{split}.npy", ids)
@@ -228,7 +225,7 @@ def main(argv=None):
         print(f"{out}: {split}, {n:,} {kind} of {len(ids) / n:.1f} tokens on average")
     save_json(out / "tokenizer.json", bpe.state())
     save_json(out / "captions.json", table)
-    print(f"{out}: images.npy {tuple(images.shape)}, {bpe.vocab_size} token ids")
+    print(f"{out}: images.npy {shape}, {bpe.vocab_size} token ids")
 
 
 if __name__ == "__main__":

@@ -79,10 +79,8 @@ samples = 2  # captions sampled per photo, or answers per question; leave_one_ou
 batch_size = 32  # photos, or questions, per step, over all processes
 accumulation = 1  # parts that a process splits its share of the batch into, to need less memory
 # optimization
-train_vit = False  # train the ViT too
 max_steps = 300  # length of the run
 lr = 2e-4  # peak rate, AdamW for all: far below that of stage 3, since rewards are noisy
-weight_decay = 0.0  # the weights stay near those of the training before
 warmup_steps = 10  # steps in which the rate rises to its peak
 cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a straight line
 grad_clip = 1.0  # largest norm of the gradient; 0: none
@@ -160,8 +158,7 @@ def scst_loss(log_probs, advantage):
 class Rollout(NamedTuple):
     """K samples for each of b prompts of equal length."""
 
-    # of the k images of each prompt: pixels if the ViT trains, else its features
-    inputs: torch.Tensor
+    features: torch.Tensor  # (b * k, N, C) of the ViT, which is frozen, for the k images of each
     prompts: torch.Tensor  # (b, Tp) ids
     samples: torch.Tensor  # (b * K, T) ids
     mask: torch.Tensor  # (b * K, T), True where a sampled token counts
@@ -201,8 +198,8 @@ def rollout(model, data, prompts, rows, reward, augmentation):
             )
         pixels = augment_photos(pixels, texts, **augmentation)
     with run.autocast(model):
-        inputs = pixels if train_vit else model.vit.features(pixels)
-        tokens = encode(model, inputs)  # (M, N, C), for all samples
+        features = model.vit.features(pixels)
+        tokens = model.connect(features)  # (M, N, C), for all samples
 
     def write(own_tokens, ids, **decoding):
         with run.autocast(model):
@@ -230,13 +227,8 @@ def rollout(model, data, prompts, rows, reward, augmentation):
             greedy_rewards = reward(texts, ended, group_rows)
         advantage = advantages(rewards, greedy_rewards).flatten().to(device)
         mask = answer_mask(sampled, tokenizer.eos_id)
-        rollouts.append(Rollout(inputs[places], ids, sampled, mask, rewards, advantage))
+        rollouts.append(Rollout(features[places], ids, sampled, mask, rewards, advantage))
     return rollouts
-
-
-def encode(model, inputs):
-    """Return image tokens of the inputs of a Rollout."""
-    return model.encode(inputs) if train_vit else model.connect(inputs)
 
 
 # the run ------------------------------------------------------------------------------------------
@@ -290,9 +282,9 @@ def main(argv=None):
     metric = "right" if exact_weight else "cider"  # chooses the best checkpoint
 
     before = copy.deepcopy(model.state_dict())
-    model.vit.requires_grad_(train_vit)
+    model.vit.requires_grad_(False)
     model.eval()  # throughout: no dropout in the samples, nor in the pass that learns from them
-    optimizers = make_optimizers(model, 0.0, lr, weight_decay)
+    optimizers = make_optimizers(model, 0.0, lr, weight_decay=0.0)
     step, seconds, best = 0, 0.0, -1.0
     if resumed:
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
@@ -340,7 +332,7 @@ def main(argv=None):
         loss = 0.0
         for r in rollouts:
             with run.autocast(model):
-                tokens = encode(model, r.inputs)
+                tokens = model.connect(r.features)
                 log_probs = model.log_probs(
                     tokens, r.prompts, r.samples, r.mask, sample_temperature
                 )

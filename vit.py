@@ -69,7 +69,6 @@ dropout = 0.0  # augmentation does more at this size
 patch_dropout = 0.0  # share of the patches that are left out in training
 stem = "residual"  # convolutions; or patch: one linear layer as in the ViT paper, for more data
 label_smoothing = 0.1  # share of CIFAR-10's target that is spread over all classes
-words_weight = 1.0  # clip: of predicting the words of a photo's captions; 0: matching alone
 # optimization
 max_steps = 20000  # length of the run
 muon_lr = 0.01  # peak rate of the weight matrices of linear layers; 0: AdamW for all
@@ -260,8 +259,9 @@ def learn_matching(model, data, rows, step):
     ids = pad_texts(captions, data["tokenizer"], max_tokens).to(dev)
     words = data["words"][run.my_share(rows)].to(dev)
     vectors, word_logits = embed_pairs(model, images, ids)
-    loss = model.loss(*gather(vectors))  # every photo is compared with all texts of the batch
-    loss = (loss + words_weight * F.cross_entropy(word_logits, words)) / run.n_processes()
+    # every photo is compared with all texts of the batch
+    loss = model.loss(*gather(vectors)) + F.cross_entropy(word_logits, words)
+    loss = loss / run.n_processes()
     loss.backward()
     return loss.detach()
 

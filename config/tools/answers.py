@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from config.tools.conversations import clean
 from config.tools.data import join_tiles, open_images, to_images
 from config.tools.pictures import draw_places, save_grid, side_by_side
 from config.tools.run import autocast, device_of
@@ -19,7 +20,6 @@ UNLIKE = (
     "this picture seems to be unlike what the model has learnt: its answers to 99.9% of the "
     'validation images are likelier; for photos see "The chain on photos" in README'
 )
-N_ATTENTION_PICTURES = 4  # of the first images that a user gives
 
 
 # a user's images ----------------------------------------------------------------------------------
@@ -28,6 +28,7 @@ N_ATTENTION_PICTURES = 4  # of the first images that a user gives
 def user_message(text, n_images):
     """Return the messages of a prompt about n_images images, which come first unless text says
     where."""
+    text = clean(text)  # as the training texts were
     n_named = text.count("<image>")
     assert n_named in (0, n_images), (
         f"the prompt has {n_named} times <image>, and there are {n_images} images"
@@ -100,7 +101,7 @@ def answer_files(model, checkpoint, settings, encode):
             )
             log_p = log_p_of(model, tokens, prompt, answers)
             texts = [tokenizer.decode(row) for row in answers.tolist()]
-            if photos and texts[0] and i < N_ATTENTION_PICTURES:
+            if photos and texts[0] and i < 4:
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
                 path = out / f"places_{i + 1}_{Path(name.split(',')[0]).stem[:50]}.png"
                 shown = thumbnails if torch.is_tensor(images) else images.pixels.flatten(0, 1)
@@ -156,9 +157,10 @@ def chat(model, checkpoint, settings, encode):
                 print("(the context is full: what was said until here is forgotten)")
                 messages = []
                 continue
-            temperature = settings["temperature"]
-            written = model.generate(tokens, prompt, block_size, temperature, generator=generator)
-            answer = tokenizer.decode(written[0].tolist())
+            (written,) = model.generate(
+                tokens, prompt, block_size, settings["temperature"], generator=generator
+            )
+            answer = tokenizer.decode(written.tolist())
             print(answer)
             messages.append({"role": "assistant", "content": answer})
 

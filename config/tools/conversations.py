@@ -35,6 +35,11 @@ def numbered_lines(file):
             yield where, text
 
 
+def clean(text):
+    """Return the text of a turn without white space around it and around <image>."""
+    return re.sub(r"\s*<image>\s*", "<image>", text.strip())
+
+
 def parse(text, where):
     """Return the value of JSON, a str or bytes in UTF-8."""
     try:
@@ -65,7 +70,7 @@ def read_messages(turns, where):
         found = turn.get("role", turn.get("from"))
         text = turn.get("content", turn.get("value"))
         assert isinstance(text, str), f"{where}: turn {i} has no text"
-        text = re.sub(r"\s*<image>\s*", "<image>", text.strip())
+        text = clean(text)
         if i == 1 and found == "system":
             system = f"{text}\n"
             continue

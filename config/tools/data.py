@@ -104,15 +104,16 @@ def to_tiles(image, size, max_tiles):
     return grid.permute(0, 2, 4, 1, 3).flatten(0, 1), layout  # (n, 3, size, size)
 
 
-def to_images(pictures, size, max_tiles=1, n=0):
+def to_images(pictures, size, max_tiles=1, pixels=None):
     """Return PIL images as a uint8 tensor (n, 3, size, size), squeezed to squares.
 
     With max_tiles above 1 return TiledImages, in which the images keep their proportions.
-    pictures: a list, or an iterator over n images, so that not all of them are in memory at once.
+    pictures: a list, or an iterator if zeros (n, max_tiles, 3, size, size) to write to are given as
+    pixels, such as a file that is mapped into memory.
     """
-    n = n or len(pictures)
-    pixels = torch.zeros(n, max_tiles, 3, size, size, dtype=torch.uint8)
-    layouts = torch.zeros(n).long()
+    if pixels is None:
+        pixels = torch.zeros(len(pictures), max_tiles, 3, size, size, dtype=torch.uint8)
+    layouts = torch.zeros(len(pixels)).long()
     for i, picture in enumerate(pictures):
         if max_tiles > 1:
             tiles, layouts[i] = to_tiles(picture, size, max_tiles)
@@ -413,6 +414,11 @@ def load_groups(dataset, image_size):
     are a group.
     """
     images, table, tokenizer = load_photos(dataset, image_size)
+    return images, groups_of(table), tokenizer
+
+
+def groups_of(table):
+    """Return {split: groups of samples} of a captions.json."""
     groups = {}
     if "samples" in table:
         for split, samples in table["samples"].items():
@@ -420,7 +426,12 @@ def load_groups(dataset, image_size):
     else:
         for split, rows in table["splits"].items():
             groups[split] = [caption_samples(i, table["captions"][i]) for i in rows]
-    return images, groups, tokenizer
+    return groups
+
+
+def texts_of(sample):
+    """Return what user and assistant say in turn, without images."""
+    return [message["content"].replace("<image>", "") for message in sample["messages"]]
 
 
 def caption_samples(i, captions):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from statistics import fmean
 
@@ -15,7 +16,9 @@ from model import GPT, GPTConfig, tokenizer_from_state
 WORD = re.compile(
     r"""
     (?<!\S) (?: n't | '(?:s|m|d|re|ve|ll) )\b  # the second half of a contraction, once it is split
-    | [^\W_]+ (?: [-./,'] [^\W_]+ )*           # letters and digits; t-shirt and 3.5 are one word
+    | [\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]  # a Chinese or Japanese character is a word
+    | [^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+
+      (?: [-./,'] [^\W_]+ )*                   # letters and digits; t-shirt and 3.5 are one word
     | [&$%#@+=*/]                              # symbols that are read aloud
 """,
     re.VERBOSE,
@@ -33,11 +36,12 @@ def words_of(text):
     """Return the words of a caption as the COCO caption evaluation splits them.
 
     As with its PTB tokenizer, words are in lower case, contractions are split (do n't, dog 's),
-    hyphenated words stay whole, and punctuation is dropped. Two differences are rare in captions:
+    hyphenated words stay whole, and punctuation is dropped; Chinese is scored by characters, as the
+    field does, and an accent is part of its letter (NFC). Two differences are rare in captions:
     abbreviations lose their last full stop, and brackets are dropped where COCO keeps -lrb- and
     -rrb-.
     """
-    text = text.lower().replace("’", "'")
+    text = unicodedata.normalize("NFC", text.lower()).replace("’", "'")
     text = re.sub(r"\bcannot\b", "can not", text)
     text = re.sub(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text)
     return WORD.findall(text)
