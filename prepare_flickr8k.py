@@ -24,7 +24,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import config
@@ -205,12 +204,18 @@ def main(argv=None):
     assert names, f"{source} holds conversations without images"
     tiles = [max_tiles] * (max_tiles > 1)
     shape = (len(names), *tiles, 3, size, size)
-    with new_file(out / "images.npy") as partial:  # mapped into memory: it may be larger than that
-        array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-        pixels = torch.from_numpy(array).view(-1, max_tiles, 3, size, size)
-        images = to_images(open_photos(names, folder, named), size, max_tiles, pixels)
-    if max_tiles > 1:
-        save_array(out / "layouts.npy", images.layouts)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    layouts = []
+    with new_file(out / "images.npy") as partial, open(partial, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for photo in open_photos(names, folder, named):  # one by one: all may not fit into memory
+            images = to_images([photo], size, max_tiles)
+            if tiles:
+                layouts += images.layouts.tolist()
+                images = images.pixels
+            file.write(images.numpy())
+    if tiles:
+        save_array(out / "layouts.npy", layouts)
 
     groups = groups_of(table)
     texts = [text for group in groups["train"] for sample in group for text in texts_of(sample)]

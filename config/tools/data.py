@@ -104,16 +104,14 @@ def to_tiles(image, size, max_tiles):
     return grid.permute(0, 2, 4, 1, 3).flatten(0, 1), layout  # (n, 3, size, size)
 
 
-def to_images(pictures, size, max_tiles=1, pixels=None):
-    """Return PIL images as a uint8 tensor (n, 3, size, size), squeezed to squares.
+def to_images(pictures, size, max_tiles=1):
+    """Return a list of n PIL images as a uint8 tensor (n, 3, size, size), squeezed to squares.
 
     With max_tiles above 1 return TiledImages, in which the images keep their proportions.
-    pictures: a list, or an iterator if zeros (n, max_tiles, 3, size, size) to write to are given as
-    pixels, such as a file that is mapped into memory.
     """
-    if pixels is None:
-        pixels = torch.zeros(len(pictures), max_tiles, 3, size, size, dtype=torch.uint8)
-    layouts = torch.zeros(len(pixels)).long()
+    n = len(pictures)
+    pixels = torch.zeros(n, max_tiles, 3, size, size, dtype=torch.uint8)
+    layouts = torch.zeros(n).long()
     for i, picture in enumerate(pictures):
         if max_tiles > 1:
             tiles, layouts[i] = to_tiles(picture, size, max_tiles)
@@ -397,9 +395,6 @@ def load_photos(dataset, image_size):
         images = TiledImages(pixels, layouts)
     table = load_data(f"{folder}/captions.json", prepare)
     tokenizer = load_tokenizer(folder)
-    assert len(images) == len(table["names"]), (
-        f"{folder} is half of one preparation and half of another; run {prepare} again"
-    )
     assert pixels.size(-1) == image_size, (
         f"{folder} holds images of {pixels.size(-1)} pixels, and image_size is {image_size}; "
         f"run {prepare} --size={image_size}"
