@@ -52,9 +52,7 @@ source = ""  # a folder with your own captions.txt, *.jsonl or *.json; empty: Fl
 size = 112  # pixels per side; photos are squeezed to squares, unless max_tiles is above 1
 max_tiles = 1  # above 1, at most 4: photos keep their proportions, on up to so many square tiles
 vocab_size = 4096  # of the tokenizer, including special ids and bytes
-tokenizer = (
-    ""  # a folder packed before, such as data/one, whose tokenizer is used; empty: train one
-)
+tokenizer = ""  # a folder packed before, whose tokenizer to use, such as data/one; empty: a new one
 
 # No official checksum is known, so the photos are counted. The second address, the publisher's own,
 # does not always answer.
