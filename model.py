@@ -527,8 +527,8 @@ class DecoderBlock(EncoderBlock):
         self.cross_attn = self.cross_gate = None
         if cross:
             self.cross_norm = make_norm(norm, n_embd)
-            # Behind a gate of zero, a projection of zeros would get no gradient, nor would the gate.
-            # A bias would change text without an image.
+            # Behind a gate of zero, a projection of zeros would get no gradient, nor would the
+            # gate. A bias would change text without an image.
             self.cross_attn = MultiHeadAttention(
                 n_embd, n_head, bias=bias and not gated, proj_std=n_embd**-0.5 if gated else 0.0
             )

@@ -44,8 +44,8 @@ def read_images(checkpoint, model, settings):
     max_images = model.config.max_images
     asks = settings["prompt"] or settings["chat"]
     assert checkpoint["asks"] or not asks, (
-        "this model has learnt captions, not questions: no --prompt and no --chat; for questions see "
-        "config/questions_cpu.py"
+        "this model has learnt captions, not questions: no --prompt and no --chat; for questions "
+        "see config/questions_cpu.py"
     )
     if not settings["image"]:
         return [("no image", [])], []

@@ -349,6 +349,6 @@ def load_weights(part, checkpoint, new, prefix=""):
             continue
         assert prefix + name in weights, f"the checkpoint has no {prefix}{name}"
         state[name] = weights[prefix + name]
-        if name == "position.positions":  # a GPT may need fewer
+        if name.endswith("position.positions"):  # a GPT may need fewer
             state[name] = state[name][: len(part.state_dict()[name])]
     part.load_state_dict(state)
