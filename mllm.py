@@ -10,10 +10,10 @@ or answers questions about one image, several, or a clip.
     python mllm.py config/flickr8k_cpu.py               photos: see "The chain on photos" in README
     python mllm.py config/flickr8k_cpu.py --image=photo.jpg --num_captions=5
 
-Training has two phases: `align`, on captions alone, trains what is new, such as the connector,
-while the parts from stages 1 and 2 are frozen; `sft` (supervised fine-tuning) trains the parts that
-`train` names, on all samples. A run writes log.csv, loss.png, captions.png or answers.png, sft.pt
-(the best on validation) and last.pt to out_dir.
+Training has two phases: `align` trains what is new, such as the connector, while the parts from
+stages 1 and 2 are frozen; `sft` (supervised fine-tuning) trains the parts that `train` names. A run
+writes log.csv, loss.png, captions.png or answers.png, sft.pt (the best on validation) and last.pt
+to out_dir.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from config.tools.data import augment_photos, hide_words, load_groups, texts_of
 from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
-from config.tools.pretrained import gpt2_tokenizer, is_pretrained, load_part, load_weights
+from config.tools.pretrained import load_part, load_weights
 from config.tools.questions import draw_dataset
 from model import (
     IGNORE_INDEX,
@@ -41,6 +41,7 @@ from model import (
     MLLMConfig,
     ViTConfig,
     evaluating,
+    extend_context,
     make_mllm,
     tokenizer_from_state,
 )
@@ -71,12 +72,12 @@ accumulation = 1  # parts that a process splits its share of the batch into, to 
 captions_per_photo = 1  # samples of a group in a step: its image tokens are computed once
 max_tokens = 40  # longest text of a sample with the most images; longer samples are left out
 # model: a checkpoint brings its own architecture
-vit_ckpt = ""  # checkpoint of stage 1, or openai/clip-vit-base-patch16, or its folder; empty: new
-gpt_ckpt = ""  # checkpoint of stage 2 on the same captions, or gpt2, or its folder; empty: new
-mllm_ckpt = ""  # instead of both, a captioner that has learnt other data with the same tokenizer
+vit_ckpt = ""  # of stage 1 or a captioner, or openai/clip-vit-base-patch16, or its folder; or new
+gpt_ckpt = ""  # of stage 2 or a captioner, or gpt2, or its folder; empty: new
+mllm_ckpt = ""  # instead of both, a captioner that has learnt other data
 fusion = "cross"  # the words attend to the image tokens; or prefix: these stand before the words
 cross_layers = ()  # with fusion=cross: blocks of the GPT with cross-attention; (): all of them
-connector = "linear"  # or mlp; pixel_shuffle: a quarter of the image tokens, abstractor: a sixth
+connector = "linear"  # or mlp; fewer image tokens: pixel_shuffle, abstractor, resampler
 patch_size = 8  # pixels a side of a patch
 stem = "instance"  # how pixels become patches: instance, residual or patch, see PatchEmbedding
 vit_layer = 1  # blocks of the ViT
@@ -95,7 +96,7 @@ dropout = 0.0  # in the ViT and the GPT
 patch_dropout = 0.0  # share of the patches that are left out in training; needs fusion=cross
 label_smoothing = 0.0  # share of the target that is spread over all words, in training
 # optimization
-align_share = 0.0  # part of the run for the phase align
+align_share = 0.0  # part of the run for the phase align, which trains what is new
 train = "vit,connector,gpt"  # parts that the phase sft trains; cross-attention is the connector's
 max_steps = 1400  # length of the run
 muon_lr = 0.014  # peak rate of the weight matrices of linear layers; 0: AdamW for all
@@ -112,6 +113,10 @@ beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # with image, above 0: sample at this temperature
 num_captions = 1  # with image: captions of each
+context = (
+    0  # for long conversations: read so many tokens at once, see extend_context(); 0: as trained
+)
+yarn = 1.0  # with context: the new context over that of the training
 
 
 BRIEF = ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes")  # printed
@@ -400,9 +405,7 @@ def evaluate_all(model, data, split, beams, length_penalty):
     if "right" in scores:
         prompts = prompts_of(data, split)
         other_images, *_ = write_answers(model, data, answers.with_other_images(prompts))
-        commonest = answers.commonest_answers(prompts, prompts_of(data, "train"))
-        columns = {"right": texts, "other images": other_images, "commonest": commonest}
-        scores |= answers.print_kinds(prompts, columns)
+        scores |= answers.print_kinds(prompts, {"right": texts, "other images": other_images})
     return scores, texts
 
 
@@ -425,7 +428,7 @@ def new_config(tokenizer, vit, gpt):
         experts_per_token=experts_per_token,
     )
     if vit:
-        vit_config = ViTConfig(**vit["config"].get("vit", vit["config"]))
+        vit_config = ViTConfig(**vit["config"])
     if gpt:
         gpt_config = GPTConfig(**gpt["config"])
     if max_tiles > 1:
@@ -436,23 +439,22 @@ def new_config(tokenizer, vit, gpt):
             across_layer=across_layer,
             keep=keep_blocks,
         )
-    if fusion == "cross":
-        gpt_config.cross_layers = cross_layers or tuple(range(gpt_config.n_layer))
-        gpt_config.gated = gpt is not None
+    everywhere = tuple(range(gpt_config.n_layer))
+    gpt_config.cross_layers = (cross_layers or everywhere) if fusion == "cross" else ()
+    gpt_config.gated = gpt is not None
     return MLLMConfig(vit_config, gpt_config, connector, 1, tokenizer.bos_id, tokenizer.eos_id)
 
 
 def build_model(data):
     """Return the MLLM for the samples of data: that of mllm_ckpt, or a new one with the ViT and the
-    GPT of vit_ckpt and gpt_ckpt if there are any."""
-    tokenizer = data["tokenizer"]
+    GPT of vit_ckpt and gpt_ckpt if there are any. A GPT brings its tokenizer to the data."""
     captioner = run.load(mllm_ckpt, "mllm", "scst") if mllm_ckpt else None
     vit = load_part(vit_ckpt, "vit") if vit_ckpt and not captioner else None
     gpt = load_part(gpt_ckpt, "gpt") if gpt_ckpt and not captioner else None
-    for path, checkpoint in ((gpt_ckpt, gpt), (mllm_ckpt, captioner)):
-        assert not checkpoint or checkpoint["tokenizer"] == tokenizer.state(), (
-            f"{path} has another tokenizer than data/{dataset}"
-        )
+    if captioner or gpt:
+        data["tokenizer"] = tokenizer_from_state((captioner or gpt)["tokenizer"])
+    tokenizer = data["tokenizer"]
+    assert isinstance(tokenizer, BPETokenizer), f"{gpt_ckpt} has no token for the end of an answer"
     c = MLLMConfig.from_dict(captioner["config"]) if captioner else new_config(tokenizer, vit, gpt)
     n_known, n_compared = c.gpt.block_size, c.max_images
     c.vit.dropout = c.gpt.dropout = dropout
@@ -467,9 +469,7 @@ def build_model(data):
     if captioner:
         load_weights(model, captioner, r"^compare" if c.max_images > n_compared else r"^$")
     if vit:
-        load_weights(
-            model.vit, vit, r"tiles_|across\.", prefix="vit." if "vit" in vit["config"] else ""
-        )
+        load_weights(model.vit, vit, r"tiles_|across\.")
     if gpt:
         load_weights(model.gpt, gpt, r"cross_")
     for part, origin in (("vit", vit_ckpt), ("connector", ""), ("gpt", gpt_ckpt)):
@@ -521,6 +521,8 @@ def use(stage, path, settings):
     """Do what --image, --prompt, --chat or --eval_only asks of a trained model, here and in
     scst.py."""
     model, checkpoint = load_captioner(path, stage, settings["device"], settings["dtype"])
+    if settings.get("context"):
+        extend_context(model.gpt, settings["context"], settings["yarn"])
     if settings["chat"]:
         answers.chat(model, checkpoint, settings, encode)
     elif settings["image"] or settings["prompt"]:
@@ -613,20 +615,6 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
         run.show_step(step, max_steps, losses)
 
 
-def only_captions(data):
-    """Return data with those samples alone that describe one image without a question."""
-    groups = {}
-    for split in ("train", "val"):
-        kept = [list(filter(is_caption, group)) for group in data["groups"][split]]
-        groups[split] = [group for group in kept if group]
-        assert groups[split], f"align_share: no sample of {split} is one image with its caption"
-    return data | {"groups": groups}
-
-
-def is_caption(sample):
-    return texts_of(sample)[::2] == [""] and len(sample["images"]) == 1
-
-
 @run.one_line_errors
 def main(argv=None):
     settings = config.override(globals(), argv)
@@ -644,8 +632,6 @@ def main(argv=None):
     dev = run.pick_device(device)
     data = load_samples(dataset, image_size, n_drawn, max_tiles)
     run.check_batch(min(batch_size, len(data["groups"]["train"])), accumulation)
-    if is_pretrained(gpt_ckpt):
-        data["tokenizer"] = gpt2_tokenizer(gpt_ckpt)
 
     resumed = run.start("mllm", settings)
     torch.manual_seed(seed)
@@ -655,9 +641,7 @@ def main(argv=None):
     seconds = 0.0
     n_align = math.ceil(align_share * max_steps)
     if n_align and not (resumed and resumed["phase"] == "sft"):
-        _, seconds = train_phase(
-            model, only_captions(data), "align", 0, n_align, settings, resumed, seconds
-        )
+        _, seconds = train_phase(model, data, "align", 0, n_align, settings, resumed, seconds)
         resumed = None
     best, seconds = train_phase(model, data, "sft", n_align, max_steps, settings, resumed, seconds)
 

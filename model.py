@@ -636,7 +636,6 @@ class ViTConfig:
     n_classes: int = 10  # 0: no output layer
     dropout: float = 0.0
     activation: str = "gelu"
-    norm: str = "layer"
     stem: str = "residual"  # or "patch" or "instance", see PatchEmbedding
     label_smoothing: float = 0.0
     pixel_mean: tuple = (120.0, 117.0, 107.0)  # of values 0 to 255, red, green, blue
@@ -753,7 +752,7 @@ class ViT(nn.Module):
         self.position = LearnedPositionalEncoding(c.n_embd, self.grid**2)
         self.drop = Dropout(c.dropout)
         self.encoder = TransformerEncoder(
-            c.n_layer, c.n_embd, c.n_head, c.norm, dropout=c.dropout, activation=c.activation
+            c.n_layer, c.n_embd, c.n_head, dropout=c.dropout, activation=c.activation
         )
         self.pool = AttentionPooling(c.n_embd, c.n_head)
         self.head = OutputLayer(c.n_embd, c.n_classes) if c.n_classes else nn.Identity()
@@ -977,9 +976,9 @@ class LinearConnector(nn.Module):
 
     needs_grid = False  # whether it takes all patches of an image, in order
 
-    def __init__(self, n_vision, n_language):
+    def __init__(self, n_vision, n_language, bias=False):
         super().__init__()
-        self.up = Linear(n_vision, n_language)
+        self.up = Linear(n_vision, n_language, bias=bias)
 
     @staticmethod
     def n_tokens(side):
@@ -994,7 +993,7 @@ class MLPConnector(LinearConnector):
     """The same by two layers (LLaVA-1.5, Liu et al. 2024)."""
 
     def __init__(self, n_vision, n_language):
-        super().__init__(n_vision, n_language)
+        super().__init__(n_vision, n_language, bias=True)
         self.down = Linear(n_language, n_language)
 
     def forward(self, x):
@@ -1164,7 +1163,7 @@ class MLLM(nn.Module):
     def generate(
         self,
         images,
-        ids=None,
+        ids,
         max_new_tokens=32,
         temperature=0.0,
         beams=1,
@@ -1173,8 +1172,7 @@ class MLLM(nn.Module):
         **sampling,
     ):
         """Return what the model writes after the prompts ids (B, T): (B * num_captions, n) new ids,
-        prompt by prompt, each row filled with eos after its end. Without ids, each image is
-        captioned.
+        prompt by prompt, each row filled with eos after its end.
 
         Greedy, unless temperature > 0 (samples; sampling: see sample_next()) or beams > 1 (the best
         num_captions texts, see beam_search()).
@@ -1182,10 +1180,6 @@ class MLLM(nn.Module):
         c = self.config
         with evaluating(self):
             tokens = self.tokens_of(images)
-            if ids is None:
-                n_placeholders = tokens.size(1) if self.marker is None else 1
-                ids = torch.full((len(tokens), n_placeholders + 1), IMAGE_ID, device=tokens.device)
-                ids[:, -1] = c.bos_id
             room = c.gpt.block_size - ids.size(1) + 1  # the last new token is not read
             assert room > 0, f"a prompt of {ids.size(1)} tokens leaves no room for an answer"
             n = min(max_new_tokens, room)
@@ -1435,6 +1429,7 @@ def extend_context(gpt, block_size, factor, alpha=0.5, beta=2.0):
     ln(factor) + 1: a sharper softmax over more keys.
     """
     c = gpt.config
+    assert c.positions == "rotary", "a GPT with learned positions cannot read a longer context"
     head_dim = c.n_embd // c.n_head
     turns = c.block_size * frequencies(head_dim) / (2 * math.pi)
     kept = ((turns - alpha) / (beta - alpha)).clamp(0, 1)
@@ -1497,7 +1492,30 @@ class CAbstractor(nn.Module):
         return self.down(self.norm(x))
 
 
-CONNECTORS |= {"pixel_shuffle": PixelShuffleConnector, "abstractor": CAbstractor}
+class Resampler(LinearConnector):
+    """16 learnt queries attend to the patches, of which there may be any number: as many image
+    tokens (Flamingo, Alayrac et al. 2022; Qwen-VL, Bai et al. 2023)."""
+
+    def __init__(self, n_vision, n_language):
+        super().__init__(n_vision, n_language)
+        self.queries = LearnedPositionalEncoding(n_language, 16)
+        self.norm = LayerNorm(n_language)
+        self.attn = MultiHeadAttention(n_language, 4, proj_std=n_language**-0.5)
+
+    @staticmethod
+    def n_tokens(side):
+        return 16
+
+    def forward(self, x):
+        queries = self.norm(self.queries.positions).expand(len(x), -1, -1)  # (B, 16, n_language)
+        return self.attn(queries, self.up(x))
+
+
+CONNECTORS |= {
+    "pixel_shuffle": PixelShuffleConnector,
+    "abstractor": CAbstractor,
+    "resampler": Resampler,
+}
 
 
 class ImageComparison(nn.Module):
@@ -1574,13 +1592,7 @@ class TiledViT(ViT):
         self.tiles_before = TileEmbedding(config.n_embd)
         self.tiles_after = TileEmbedding(config.n_embd)
         self.across = nn.ModuleList(
-            GatedEncoderBlock(
-                config.n_embd,
-                config.n_head,
-                activation=config.activation,
-                norm=config.norm,
-                dropout=config.dropout,
-            )
+            GatedEncoderBlock(config.n_embd, config.n_head, dropout=config.dropout)
             for _ in range(config.across_layer)
         )
         init_weights(self)

@@ -37,7 +37,6 @@ from config.tools.data import (
     UNREADABLE,
     download,
     groups_of,
-    load_tokenizer,
     save_array,
     save_json,
     texts_of,
@@ -52,7 +51,6 @@ source = ""  # a folder with your own captions.txt, *.jsonl or *.json; empty: Fl
 size = 112  # pixels per side; photos are squeezed to squares, unless max_tiles is above 1
 max_tiles = 1  # above 1, at most 4: photos keep their proportions, on up to so many square tiles
 vocab_size = 4096  # of the tokenizer, including special ids and bytes
-tokenizer = ""  # a folder packed before, whose tokenizer to use, such as data/one; empty: a new one
 
 # No official checksum is known, so the photos are counted. The second address, the publisher's own,
 # does not always answer.
@@ -217,18 +215,18 @@ def main(argv=None):
 
     groups = groups_of(table)
     texts = [text for group in groups["train"] for sample in group for text in texts_of(sample)]
-    bpe = load_tokenizer(tokenizer) if tokenizer else BPETokenizer.train(texts, vocab_size)
+    tokenizer = BPETokenizer.train(texts, vocab_size)
     for split in SPLITS:
         conversations = [texts_of(sample) for group in groups[split] for sample in group]
         random.Random(0).shuffle(conversations)  # captions of a photo are apart in the stream
-        ids = encode(conversations, bpe)
+        ids = encode(conversations, tokenizer)
         save_array(out / f"{split}.npy", ids)
         kind = "captions" if "captions" in table else "conversations"
         n = len(conversations)
         print(f"{out}: {split}, {n:,} {kind} of {len(ids) / n:.1f} tokens on average")
-    save_json(out / "tokenizer.json", bpe.state())
+    save_json(out / "tokenizer.json", tokenizer.state())
     save_json(out / "captions.json", table)
-    print(f"{out}: images.npy {shape}, {bpe.vocab_size} token ids")
+    print(f"{out}: images.npy {shape}, {tokenizer.vocab_size} token ids")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between evaluations
 
-BRIEF = ("reward", "val_cider", "val_right", "val_surprising", "lr", "ms_per_step", "minutes")
+BRIEF = ("reward", "val_cider", "val_right", "lr", "ms_per_step", "minutes")
 END = "<end>"  # the word for the end token in the reward; words_of() never produces it
 
 
@@ -264,18 +264,18 @@ def main(argv=None):
     print(f"starting from {sft_path} ({sft['settings']['dataset']}), step {sft['step']}")
     prompts = mllm.prompts_of(data, "train")
     run.check_batch(min(batch_size, len(prompts)), accumulation)
-    gpt_ckpt = sft["settings"]["gpt_ckpt"]
-    judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev) if gpt_ckpt else None
-    assert judge or not max_surprise, (
-        "max_surprise needs a captioner that started from a GPT of stage 2"
-    )
+    judge = None
+    if max_surprise:
+        gpt_ckpt = sft["settings"]["gpt_ckpt"]
+        assert gpt_ckpt, "max_surprise needs a captioner that started from a GPT of stage 2"
+        judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev)
     reward = Reward(
         [prompt["references"] for prompt in prompts],
         cider_weight,
         bleu_weight,
         exact_weight,
         max_surprise,
-        judge if max_surprise else None,
+        judge,
     )
     augmentation = {"size": sft["settings"]["train_size"]}
     augmentation |= {name: sft["settings"][name] for name in ("crop", "jitter", "mirror")}
@@ -305,9 +305,7 @@ def main(argv=None):
                 row["reward"] = sum(mean_rewards) / len(mean_rewards)
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
-                scores, texts = mllm.evaluate(model, data, "val")
-                if judge:
-                    scores |= judge.scores(texts)
+                scores, _ = mllm.evaluate(model, data, "val")
                 row |= {f"val_{name}": value for name, value in scores.items()}
                 run.log(out, row | {"minutes": seconds / 60}, BRIEF)
                 is_best, best = scores[metric] > best, max(scores[metric], best)
@@ -355,8 +353,6 @@ def main(argv=None):
     ):
         model.load_state_dict(weights)
         scores, texts = mllm.evaluate_all(model, data, "test", beams, length_penalty)
-        if judge:
-            scores |= judge.scores(texts)
         captions.append(texts)
         row = {"step": max_steps} | {f"{when}_test_{name}": value for name, value in scores.items()}
         run.log(out, row, [name for name in row if "," not in name and name != "step"])

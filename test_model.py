@@ -975,6 +975,15 @@ def test_pixel_shuffle_folds_neighbouring_patches():
     raises(AssertionError, "even side, not 9 patches", layer, torch.zeros(1, 9, 1))
 
 
+def test_resampler_reads_any_patches_in_any_order():
+    layer = shake(CONNECTORS["resampler"](8, 24))
+    patches = torch.randn(2, 9, 8)
+    out = layer(patches)
+    assert out.shape == (2, layer.n_tokens(3), 24)
+    close(layer(patches.flip(1)), out)
+    assert out.std(dim=1).min() > 0.01  # each query has its own token
+
+
 def test_prefix_puts_image_tokens_in_the_places_of_their_placeholders():
     model = shake(tiny_mllm())
     words = model.gpt.embedding.weight
@@ -1095,9 +1104,9 @@ def test_samples_are_reproducible_and_share_the_reading_of_the_image():
         modes = []
         model.vit.encoder.register_forward_hook(lambda encoder, *_: modes.append(encoder.training))
         torch.manual_seed(5)
-        shared = model.generate(images, None, 19, 1.0, beams=2, num_captions=4)
-        generator = torch.Generator().manual_seed(5)
         prompts = table(prompt).repeat(12, 1)
+        shared = model.generate(images, prompts[:3], 19, 1.0, beams=2, num_captions=4)
+        generator = torch.Generator().manual_seed(5)
         images = images.repeat_interleave(4, dim=0)
         assert shared.equal(model.generate(images, prompts, 19, 1.0, generator=generator))
         assert not shared.equal(model.generate(images, prompts, 19, 1.0))
@@ -1115,7 +1124,8 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
     mask = scst.answer_mask(texts, 2)
     prompt = table("IMG IMG IMG IMG 1")
     for penalty in (0.0, 1.0, 2.0):
-        found = model.generate(images, None, 3, 0.0, 200, penalty, num_captions=30)
+        prompts = prompt.repeat(2, 1)
+        found = model.generate(images, prompts, 3, 0.0, 200, penalty, num_captions=30)
         for image, captions in zip(images, found.split(30)):
             scores = model.log_probs(image[None], prompt, texts, mask).sum(dim=1)
             best = (scores / mask.sum(dim=1) ** penalty).topk(30).indices
@@ -1127,10 +1137,10 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
 
 def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
     for connector, cross_layers in itertools.product(CONNECTORS, ((), (1,))):
-        model = tiny_mllm(connector, max_images=2, cross_layers=cross_layers)
+        model = tiny_mllm(connector, max_images=2, cross_layers=cross_layers, block_size=40)
         assert model.compare is not None
         n = model.config.n_placeholders(8)
-        assert n == (1 if cross_layers or CONNECTORS[connector].needs_grid else 4)
+        assert n == (1 if cross_layers else model.encode(photos(1)).size(1))
         ids = F.pad(table("1 5 6"), (2 * n, 0), value=IMAGE_ID)
         targets = F.pad(table("5 6 2"), (2 * n, 0), value=-1)
         loss_of = lambda: model(photos(2), ids, targets)[1]
@@ -1431,7 +1441,6 @@ def test_an_evaluation_reports_what_its_names_say():
         "cider_others": cider(captions, [refs[1:] for refs in references])[0],
         "bleu4": bleu(captions, references)[3],
         "broken": 3 / 8,
-        "distinct": 7 / 8,
         "length": 36 / 8 / 100,  # 7 * 5 + 1 words
     }.items():
         assert np.isclose(scores[name], 100 * value), name
@@ -1453,9 +1462,6 @@ def test_the_judge_says_how_surprising_each_token_of_a_caption_is():
         logits, _ = language_model(ids[None, :-1])
         expected = F.cross_entropy(logits[0], ids[1:], reduction="none")
         close(row, F.pad(expected, (0, 24 - len(ids))))
-    scores = judge.scores(texts)
-    assert np.isclose(scores["nats"], nats.sum().item() / (3 + 1 + 6 + 23))
-    assert scores["surprising"] == 25 * (nats.amax(dim=1) > 6).sum()
 
 
 def test_reward_is_the_weighted_sum_of_its_terms():
@@ -2306,6 +2312,13 @@ def test_damaged_images_are_named_and_the_others_opened():
         assert min(len(opened), len(broken)) > 30
 
 
+def test_pictures_use_another_font_for_characters_that_the_first_one_lacks():
+    names, missing = pictures.choose_fonts("a\n\u0359\uffff")
+    assert names[0] == "DejaVu Sans" and len(set(names)) == 2
+    assert missing == {"\uffff"}
+    assert set(pictures.choose_fonts("")[0]) == {"DejaVu Sans"}
+
+
 def test_attention_fades_pictures_to_white():
     weights = torch.tensor([[[0.0] * 4, [0.5] * 4]])
     dark, bright = pictures.fade(torch.full((2, 3, 8, 8), 55), weights)[0]
@@ -2402,7 +2415,6 @@ def test_prompts_are_questions_with_all_their_references():
         with empty_workplace():
             scores, _ = mllm.evaluate_all(None, photo_data, "val", 1, 0.6)
     assert write.call_args.args[2] == answers.with_other_images(prompts)
-    assert scores["commonest, caption"] == 0  # there was none in training
     assert sorted(sum(mllm.alike(prompts * 2, 1), [])) == [*range(8)]
 
 
@@ -2434,8 +2446,6 @@ def test_right_answers_are_counted_by_kind_and_number_of_images():
         "x, two images": 100,
         "x, all": 50,
     }
-    train = [{"kind": "number", "references": ["two", "one", "two"]}]
-    assert answers.commonest_answers(prompts[1:3], train) == ["", "two"]
 
 
 def total_loss(captioner, photo_data, *groups):
@@ -2887,6 +2897,7 @@ def test_gpt_resumes_and_writes():
         fails("yarn is for a longer context", "gpt", "--eval_only=True --yarn=2")
         fails("data/mine has another tokenizer", "gpt", "--eval_only=True --dataset=mine")
         fails("'#' is not in the vocabulary", "gpt", "--prompt=#")
+        fails("no token for the end", "mllm", "--gpt_ckpt=out/gpt/best.pt")
         output_of("gpt", "--dataset=mine")
         output = output_of("gpt", "--prompt='to be'")
         checkpoint = saved("gpt/best")
@@ -2941,9 +2952,6 @@ def test_vit_resumes_and_classifies():
         labels = cifar["labels"][test]
         assert labels.tolist() == [*range(10), 0, 1]
         classifier = vit.load_model(saved("vit/best")).eval()
-        pixels = cifar["images"][train].float()
-        close(classifier.pixel_mean.flatten(), pixels.mean(dim=(0, 2, 3)))
-        close(classifier.pixel_std.flatten(), pixels.std(dim=(0, 2, 3)))
         images = cifar["images"][test]
         logits = (classifier(images)[0] + classifier(images.flip(3))[0]) / 2
         close(vit.predict(classifier, images), logits)
@@ -2955,6 +2963,9 @@ def test_vit_resumes_and_classifies():
         with mock.patch.object(vit, "resize", wraps=vit.resize) as resize:
             output_of("vit")
         assert {call.args[1] for call in resize.call_args_list} == {16, 24, 32}
+
+
+ZERO_SHOT = "--eval_only=True --dataset=cifar10"
 
 
 def test_clip_resumes_and_matches():
@@ -2972,6 +2983,15 @@ def test_clip_resumes_and_matches():
         shares = map(float, re.findall(r"([\d.]+)%", output))
         assert abs(sum(shares) - 100) < 0.2
         assert "picture 3 " in output
+        names = re.findall("val_(._prompts) ", output_of("clip", ZERO_SHOT))
+        assert names == ["1_prompts", "5_prompts"]
+        cifar = vit.load_cifar("cpu")
+        images = F.one_hot(cifar["labels"][cifar["splits"]["val"]], 10).float()
+        texts = torch.eye(10).repeat(5, 1)
+        texts[:10] = texts[1:11].clone()  # one prompt alone misleads
+        with mock.patch.multiple(vit, out_dir="out/clip", embed=lambda *_: (images, texts)):
+            scores = vit.evaluate_zero_shot(vit.load_model(saved("clip/best")), cifar, "val")
+        assert [*scores.values()] == [0, 100]
 
 
 def test_clip_is_evaluated_with_the_first_captions():
@@ -3071,10 +3091,20 @@ def test_align_trains_what_no_checkpoint_brought():
             assert parts_of(changed("tuned/last", "more/last")) == {"connector"} | new
             tuned = parts_of(changed("begun/last", "tuned/last"))
             assert tuned == {"vit", "connector", "gpt"} | new
+            output_of("mllm", f"{options} --train=vit,connector --out_dir=out/around")
+            assert parts_of(changed("begun/last", "around/last")) == {"vit", "connector"} | new
+            around, _ = mllm.load_captioner("out/around/last.pt", "mllm", "cpu", "float32")
+            language = metrics.LanguageJudge(saved("gpt/best"), "cpu").gpt
+            ids = torch.randint(280, (2, 9))  # text alone, as before the GPT saw images
+            assert around.eval()(photos(0), ids)[0].equal(language(ids)[0])
+            again = "--gpt_ckpt=out/tuned/last.pt --dataset=shapes --image_size=24 --max_steps=0"
+            output_of("mllm", f"{options} {again} --out_dir=out/again")
+            assert parts_of(changed("tuned/last", "again/last")) == {"vit", "connector"} | new
+            assert saved("again/last")["tokenizer"] == saved("gpt/best")["tokenizer"]
         for limit in (0, 6):
             options = f"--sft_dir=out/tuned --max_surprise={limit} --max_steps=2"
             with mock.patch.object(scst, "Reward", wraps=scst.Reward) as reward:
-                assert "val_surprising" in output_of("scst", options)
+                output_of("scst", options)
             assert (reward.call_args.args[-1] is not None) == (limit > 0)
 
 
@@ -3116,6 +3146,8 @@ def test_conversations_are_learnt_and_continued():
                 f"--dataset=mine --image_size=16 --fusion={fusion} --align_share=0.0"
                 " --max_tokens=28 --max_steps=2 --beams=1"
             )
+            aligned = output_of("mllm", f"{options} --align_share=1.0 --out_dir=out/aligned")
+            assert "of vit, gpt, connector; all" in aligned
             output_of("mllm", options)
             pair = "--image=mine/3.png,mine/2.png"
             assert "3.png, 2.png: " in output_of("mllm", f"{pair} --prompt='<image>in<image>?'")
@@ -3123,6 +3155,9 @@ def test_conversations_are_learnt_and_continued():
             fails("has learnt at most 2", "mllm", f"{pair},mine/1.png")
             fails("1 times <image>, and there are 2", "mllm", f"{pair} --prompt='a <image>?'")
             fails("a chat is about one image", "mllm", "--image=mine --chat=True")
+            long = f"--image=mine/3.png --prompt={200 * 'x'}"
+            fails("leaves no room", "mllm", long)
+            assert "3.png: " in output_of("mllm", f"{long} --context=300 --yarn=4")
             with (
                 mock.patch("builtins.input", side_effect=turns),
                 mock.patch.object(mllm, "encode", wraps=mllm.encode) as encode,
@@ -3133,12 +3168,10 @@ def test_conversations_are_learnt_and_continued():
             assert said[1][::2] == [*said[0], "Sure?"] and len(said[2]) == 5
             assert said[-1] == ["<image>" + turns[-2].strip()]
             exact = "--cider_weight=0.0 --exact_weight=1.0 --beams=1 --max_steps=2"
-            assert "commonest" in output_of("scst", exact)
+            assert "other images" in output_of("scst", exact)
             question = "--image=mine/3.png --prompt='What is this?'"
             assert "3.png: " in output_of("scst", question)
         fails("CLIP learns from photos and captions", "clip")
-        no_captions = "align_share: no sample of train is one image with its caption"
-        fails(no_captions, "mllm", "--dataset=mine --image_size=16")
 
 
 def end_at_once(logits, **_):

@@ -5,6 +5,7 @@ Stage 1: a vision transformer learns CIFAR-10, or to match photos with their cap
     python vit.py config/cifar_cpu.py --image=cat.jpg
     python prepare_flickr8k.py && python vit.py config/clip_cpu.py
     python vit.py config/clip_cpu.py --image=photo.jpg --texts="a dog, a mountain, a street"
+    python vit.py config/clip_cpu.py --eval_only=True --dataset=cifar10       zero-shot
 
 A run writes log.csv, loss.png, the checkpoints best.pt and last.pt and, for CIFAR-10,
 predictions.png to out_dir. The best checkpoint is chosen on validation data: 5,000 of CIFAR-10's
@@ -81,7 +82,10 @@ eval_interval = 250  # steps between evaluations
 
 N_VAL = 5000  # images held out from CIFAR-10's training set
 SHIFT = 4  # CIFAR-10's images move by up to so many of their 32 pixels
+PIXEL_MEAN = (125.3, 123.0, 113.9)  # of CIFAR-10's training images: red, green, blue
+PIXEL_STD = (62.5, 61.9, 66.4)
 GROWTH = 0.7  # the part of the run in which images grow
+PROMPTS = ("a {}", "a photo of a {}", "a {} outside", "a {} is shown", "a close up of a {}")
 
 
 def resize(images, size):
@@ -137,21 +141,16 @@ def vit_config(**others):
         n_embd,
         dropout=dropout,
         stem=stem,
+        pixel_mean=PIXEL_MEAN,
+        pixel_std=PIXEL_STD,
         patch_dropout=patch_dropout,
         **others,
     )
 
 
 def new_classifier(data):
-    pixels = data["images"][data["splits"]["train"]].float()
-    mean = tuple(pixels.mean(dim=(0, 2, 3)).tolist())
-    std = tuple(pixels.std(dim=(0, 2, 3)).tolist())
     n_classes = len(data["about"]["classes"])
-    return ViT(
-        vit_config(
-            n_classes=n_classes, label_smoothing=label_smoothing, pixel_mean=mean, pixel_std=std
-        )
-    )
+    return ViT(vit_config(n_classes=n_classes, label_smoothing=label_smoothing))
 
 
 def learn_classes(model, data, rows, step):
@@ -187,7 +186,7 @@ def predict(model, images):
 
 def evaluate_classes(model, data, split):
     """Return {split: loss, split_accuracy: per cent}."""
-    rows = data["splits"][split].to(data["images"].device)
+    rows = data["splits"][split]
     labels = data["labels"][rows].cpu()
     logits = predict(model, data["images"][rows])
     accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
@@ -195,13 +194,12 @@ def evaluate_classes(model, data, split):
 
 
 def draw_predictions(model, data, rows, path):
-    """Draw images with their classes, and the predicted ones if those are wrong."""
+    """Draw images with the predicted and the right class of each."""
     images = data["images"][rows]
     classes = data["about"]["classes"]
-    titles = []
-    for guess, label in zip(predict(model, images).argmax(dim=1), data["labels"][rows]):
-        wrong = f", not {classes[guess]}" if guess != label else ""
-        titles.append(classes[label] + wrong)
+    guesses = predict(model, images).argmax(dim=1)
+    pairs = zip(guesses, data["labels"][rows])
+    titles = [f"{classes[guess]} (right: {classes[label]})" for guess, label in pairs]
     save_grid(path, list(images), titles, columns=5)
 
 
@@ -317,6 +315,24 @@ def evaluate_matching(model, data, split):
     return {split: sum(losses) / len(losses), f"{split}_recall": recall} | scores
 
 
+def evaluate_zero_shot(model, data, split):
+    """Return the accuracy of CLIP on CIFAR-10, in per cent: it takes the class whose text is the
+    nearest, with one prompt and with the mean of several (Radford et al. 2021, section 3.1.4)."""
+    checkpoint = run.load(Path(out_dir, "best.pt"), "vit")
+    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    rows = data["splits"][split]
+    texts = [prompt.format(name) for prompt in PROMPTS for name in data["about"]["classes"]]
+    pixels = resize(data["images"][rows], model.config.vit.image_size)
+    images, texts = embed(model, pixels, texts, tokenizer)
+    texts = texts.unflatten(0, (len(PROMPTS), -1))  # (prompts, classes, n_shared)
+    scores = {}
+    for n in (1, len(PROMPTS)):
+        of_classes = F.normalize(texts[:n].mean(dim=0), dim=1)
+        is_right = (images @ of_classes.T).argmax(dim=1) == data["labels"][rows].cpu()
+        scores[f"{split}_{n}_prompts"] = 100 * is_right.float().mean().item()
+    return scores
+
+
 # the run ------------------------------------------------------------------------------------------
 
 
@@ -362,7 +378,7 @@ def main(argv=None):
     settings = config.override(globals(), argv)
     out = Path(out_dir)
     assert task in ("classify", "clip"), f"task={task}: classify or clip"
-    assert task != "clip" or dataset != "cifar10", (
+    assert task != "clip" or dataset != "cifar10" or eval_only or image, (
         "task=clip learns from captions: see config/clip_cpu.py"
     )
     assert task != "clip" or accumulation == 1, (
@@ -374,6 +390,8 @@ def main(argv=None):
     learn, evaluate, score = learn_classes, evaluate_classes, "accuracy"
     if task == "clip":
         learn, evaluate, score = learn_matching, evaluate_matching, "recall"
+        if dataset == "cifar10":
+            evaluate = evaluate_zero_shot
     dev = run.pick_device(device)
     if image or eval_only:
         checkpoint = run.load(out / "best.pt", "vit")
@@ -383,7 +401,7 @@ def main(argv=None):
         trained_task = checkpoint["settings"]["task"]
         assert trained_task == task, f"{out}/best.pt has learnt task={trained_task}; give that"
 
-    data = load_cifar(dev) if task == "classify" else load_captioned()
+    data = load_cifar(dev) if dataset == "cifar10" else load_captioned()
     if eval_only:
         scores = evaluate(model, data, eval_split)
         print(

@@ -1,4 +1,5 @@
 """A GPT on the captions of Flickr8k's 6,000 training photos, on two CPU cores."""
+
 out_dir = "out/captions_cpu"
 dataset = "flickr8k"
 max_steps = 350

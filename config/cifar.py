@@ -1,4 +1,5 @@
 """CIFAR-10 on one GPU. On a GPU it has only been started."""
+
 out_dir = "out/cifar"
 max_steps = 5000
 batch_size = 512

@@ -1,4 +1,5 @@
 """CIFAR-10 on two CPU cores."""
+
 out_dir = "out/cifar_cpu"
 max_steps = 4600
 batch_size = 128

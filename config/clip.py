@@ -1,5 +1,6 @@
 """CLIP on the photos and captions of Flickr8k (python prepare_flickr8k.py --size=128), on one GPU.
 On a GPU it has only been started."""
+
 out_dir = "out/clip"
 task = "clip"
 dataset = "flickr8k"

@@ -1,4 +1,5 @@
 """CLIP on the photos and captions of Flickr8k, on two CPU cores."""
+
 out_dir = "out/clip_cpu"
 task = "clip"
 dataset = "flickr8k"

@@ -5,6 +5,7 @@ only been started, with random weights.
     python prepare_flickr8k.py --size=224
     python mllm.py config/clip_gpt2.py
 """
+
 out_dir = "out/clip_gpt2"
 dataset = "flickr8k"
 image_size = 224  # as CLIP was trained: 196 image tokens

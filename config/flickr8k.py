@@ -1,5 +1,6 @@
 """Captions of Flickr8k photos (python prepare_flickr8k.py --size=128) on one GPU. On a GPU it has
 only been started."""
+
 out_dir = "out/flickr8k"
 dataset = "flickr8k"
 vit_ckpt = "out/clip/best.pt"  # python vit.py config/clip.py; 32x32 patches of 4 pixels

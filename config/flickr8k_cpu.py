@@ -1,4 +1,5 @@
 """Captions of Flickr8k photos, from the ViT of CLIP and the GPT of stage 2, on two CPU cores."""
+
 out_dir = "out/flickr8k_cpu"
 dataset = "flickr8k"
 vit_ckpt = "out/clip_cpu/best.pt"  # python vit.py config/clip_cpu.py

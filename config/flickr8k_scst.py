@@ -1,4 +1,5 @@
 """SCST of the captioner of config/flickr8k.py, on one GPU. On a GPU it has only been started."""
+
 out_dir = "out/flickr8k_scst"
 sft_dir = "out/flickr8k"  # python mllm.py config/flickr8k.py
 max_steps = 1500

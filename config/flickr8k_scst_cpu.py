@@ -1,4 +1,5 @@
 """SCST of the Flickr8k captioner on two CPU cores."""
+
 out_dir = "out/flickr8k_scst_cpu"
 sft_dir = "out/flickr8k_cpu"  # python mllm.py config/flickr8k_cpu.py
 max_steps = 1500

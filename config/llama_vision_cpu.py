@@ -1,4 +1,5 @@
 """Drawn scenes, wide, square and tall, on tiles as in Llama 3.2 Vision, on two CPU cores."""
+
 out_dir = "out/llama_vision_cpu"
 dataset = "wide"
 n_drawn = 10000

@@ -1,4 +1,5 @@
 """Drawn shapes with the parts of MiniMind-V, on two CPU cores."""
+
 out_dir = "out/minimind_v_cpu"
 fusion = "prefix"  # image tokens stand before the words
 connector = "mlp"

@@ -1,4 +1,5 @@
 """Questions about drawn images, pairs of images and clips, on two CPU cores."""
+
 out_dir = "out/questions"
 dataset = "questions"
 n_drawn = 16000  # groups of conversations about the same images

@@ -1,4 +1,5 @@
 """SCST of answers to questions about drawn images, on two CPU cores: right answers are rewarded."""
+
 out_dir = "out/questions_scst"
 sft_dir = "out/questions"  # python mllm.py config/questions_cpu.py
 cider_weight = 0.0

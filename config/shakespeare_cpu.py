@@ -1,4 +1,5 @@
 """Tiny Shakespeare on two CPU cores."""
+
 out_dir = "out/shakespeare_cpu"
 max_steps = 6900
 batch_size = 32

@@ -4,7 +4,6 @@ model looks; and report answers by kind of question. `encode` is mllm.encode(mes
 n_placeholders).
 """
 
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -252,22 +251,11 @@ def with_other_images(prompts):
     return swapped
 
 
-def commonest_answers(prompts, train_prompts):
-    """Return for each prompt the commonest answer in training to its kind of question."""
-    counts = defaultdict(Counter)  # of answers, by kind
-    for prompt in train_prompts:
-        counts[prompt["kind"]].update(prompt["references"])
-    return [
-        max(counts[prompt["kind"]], key=counts[prompt["kind"]].get, default="")
-        for prompt in prompts
-    ]
-
-
 def print_kinds(prompts, answers):
     """Print how many answers are right by kind of question and by number of images. Return the
     shares in per cent.
 
-    answers: {column: list of str}, such as the model's, with other images, and the commonest.
+    answers: {column: list of str}, such as the model's, and those about other images.
     """
     rows = {}
     for i, prompt in enumerate(prompts):

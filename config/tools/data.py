@@ -373,12 +373,6 @@ def prepare_command(dataset):
     return f"python prepare_flickr8k.py --source=DIR --out_dir=data/{dataset}"
 
 
-def load_tokenizer(folder):
-    """Return the tokenizer of the texts that prepare_flickr8k.py has packed into a folder."""
-    path = Path(folder) / "tokenizer.json"
-    return tokenizer_from_state(load_data(path, prepare_command(Path(folder).name)))
-
-
 def load_photos(dataset, image_size):
     """Return what prepare_flickr8k.py has packed into data/<dataset>.
 
@@ -394,7 +388,7 @@ def load_photos(dataset, image_size):
         layouts = torch.from_numpy(load_data(f"{folder}/layouts.npy", prepare))
         images = TiledImages(pixels, layouts)
     table = load_data(f"{folder}/captions.json", prepare)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_from_state(load_data(f"{folder}/tokenizer.json", prepare))
     assert pixels.size(-1) == image_size, (
         f"{folder} holds images of {pixels.size(-1)} pixels, and image_size is {image_size}; "
         f"run {prepare} --size={image_size}"

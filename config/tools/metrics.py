@@ -29,7 +29,6 @@ UNFINISHED = set(
     are its his her their another two
 """.split()
 )  # a caption that ends with one of these was cut off
-SURPRISING = 6.0  # nats: the probability of a token, given the tokens before it, is below 1 in 400
 
 
 def words_of(text):
@@ -183,7 +182,7 @@ def caption_scores(captions, ended, references):
     cider, bleu1 to bleu4: times 100, as papers print them.
     shuffled: CIDEr against the references of other images, the mean of five fixed shifts; as high
         as cider if the model ignores the images.
-    length: words per caption. broken: per cent that ends badly. distinct: per cent that differ.
+    length: words per caption. broken: per cent that ends badly.
     cider_others: CIDEr against all references but the first, which is how people's own captions
         are scored; only where every image has at least two references.
     """
@@ -198,7 +197,6 @@ def caption_scores(captions, ended, references):
         "shuffled": fmean(shifted[1:] or [0.0]),
         "length": fmean(map(len, words)),
         "broken": 100 * fmean(map(ends_badly, words, ended)),
-        "distinct": 100 * len(set(captions)) / n,
     }
     others = [refs[1:] for refs in references]
     if all(others):
@@ -229,24 +227,10 @@ class LanguageJudge:
         ids = pad_texts(captions, self.tokenizer, self.gpt.config.block_size).to(self.device)
         pad_id = self.tokenizer.pad_id
         ids = ids[:, (ids != pad_id).any(dim=0)]  # (n, T + 1), without columns of padding alone
-        nats = []
-        for batch in ids.split(250):
-            logits, _ = self.gpt(batch[:, :-1])  # (B, T, vocab_size)
-            loss = F.cross_entropy(
-                logits.transpose(1, 2), batch[:, 1:], ignore_index=pad_id, reduction="none"
-            )  # (B, T)
-            nats.append(loss)
-        return torch.cat(nats).cpu()
-
-    def scores(self, captions):
-        """Return nats, the mean per token, and surprising, the per cent of surprising captions.
-
-        A caption is surprising if it contains a token of more than SURPRISING nats.
-        """
-        nats = self.nats(captions)
-        mean = nats.sum() / (nats > 0).sum()
-        surprising = (nats > SURPRISING).any(dim=1).float().mean()
-        return {"nats": mean.item(), "surprising": 100 * surprising.item()}
+        logits, _ = self.gpt(ids[:, :-1])  # (n, T, vocab_size)
+        logits = logits.transpose(1, 2)
+        nats = F.cross_entropy(logits, ids[:, 1:], ignore_index=pad_id, reduction="none")
+        return nats.cpu()
 
 
 def recalls(cosines, owner):

@@ -45,10 +45,22 @@ def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
     plt.close(figure)
 
 
-def printable(text):
-    """Replace characters that the font of the pictures lacks by question marks."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    return "".join(c if c == "\n" or font.get_char_index(ord(c)) else "?" for c in text)
+def choose_fonts(text):
+    """Return the names of fonts that together have the characters of a text, and a set of those
+    characters that no font of the system has.
+
+    DejaVu Sans, which comes with matplotlib, is the first; Chinese, for example, needs another.
+    """
+    names = []
+    missing = {"?", *text} - {"\n"}
+    fonts = font_manager.fontManager.ttflist
+    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):
+        if missing and "Last Resort" not in font.name:  # that one has a box for every character
+            found = missing & set(map(chr, font_manager.get_font(font.fname).get_charmap()))
+            if found:
+                names.append(font.name)
+            missing -= found
+    return names, missing
 
 
 def side_by_side(images):
@@ -70,7 +82,9 @@ def save_grid(path, images, titles, columns=4):
     columns = min(len(images), int(3 * columns / wide))
     rows = math.ceil(len(images) / columns)
     wrapper = textwrap.TextWrapper(int(11.34 * wide))  # characters per line
-    texts = ["\n".join(map(wrapper.fill, printable(title).splitlines())) for title in titles]
+    texts = ["\n".join(map(wrapper.fill, title.splitlines())) for title in titles]
+    fonts, missing = choose_fonts("".join(texts))
+    to_question_marks = dict.fromkeys(map(ord, missing), "?")
     text_height = 0.19 * max(text.count("\n") + 1 for text in texts)
     height = rows * (high + text_height)
     figure = plt.figure(figsize=(wide * columns, height))
@@ -79,7 +93,8 @@ def save_grid(path, images, titles, columns=4):
         axis.axis("off")
         axis.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")  # (H, W, 3)
         axis.set_title(
-            text,
+            text.translate(to_question_marks),
+            family=fonts,
             y=-0.03,  # below the image
             pad=0,
             va="top",

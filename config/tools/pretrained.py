@@ -332,23 +332,32 @@ VITS["clip"] = CLIPViT
 def load_part(where, stage):
     """Return the checkpoint from which a part starts, our own or in the hub's layout.
 
-    stage: "vit" or "gpt". A ViT may also come from a captioner.
+    stage: "vit" or "gpt". A part of CLIP or of a captioner is taken out of it.
     """
-    if not is_pretrained(where):
-        return load(where, *(("vit", "mllm") if stage == "vit" else ("gpt",)))
-    return load_clip_vit(where) if stage == "vit" else load_gpt2(where)
+    if is_pretrained(where):
+        return load_clip_vit(where) if stage == "vit" else load_gpt2(where)
+    checkpoint = load(where, stage, "mllm")
+    if stage in checkpoint["config"]:
+        prefix = f"{stage}."
+        weights = {
+            name.removeprefix(prefix): w
+            for name, w in checkpoint["model"].items()
+            if name.startswith(prefix)
+        }
+        checkpoint |= {"config": checkpoint["config"][stage], "model": weights}
+    return checkpoint
 
 
-def load_weights(part, checkpoint, new, prefix=""):
-    """Load the weights of a part of a model from a checkpoint, where their names begin with prefix.
-    Parameters whose names match the pattern new keep their values."""
+def load_weights(part, checkpoint, new):
+    """Load the weights of a part of a model from a checkpoint. Parameters whose names match the
+    pattern new keep their values."""
     weights = checkpoint["model"]
     state = part.state_dict()
     for name in state:
         if re.search(new, name):
             continue
-        assert prefix + name in weights, f"the checkpoint has no {prefix}{name}"
-        state[name] = weights[prefix + name]
+        assert name in weights, f"the checkpoint has no {name}"
+        state[name] = weights[name]
         if name.endswith("position.positions"):  # a GPT may need fewer
             state[name] = state[name][: len(part.state_dict()[name])]
     part.load_state_dict(state)
