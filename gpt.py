@@ -212,7 +212,7 @@ def main(argv=None):
                     ("train", "val", "lr", "ms_per_step", "minutes"),
                 )
                 samples[step] = write_text(model, tokenizer, beginning)
-                is_best, best = val < best, min(val, best)
+                is_best, best = val <= best, min(val, best)
                 checkpoint = run.checkpoint(
                     "gpt",
                     settings,

@@ -569,14 +569,14 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 row |= {"val": validation_loss(model, data, "val"), "minutes": seconds / 60}
-                score = -math.inf
+                score = math.nan  # in align, which is no best
                 if phase == "sft":
                     scores, texts = evaluate(model, data, "val")
                     row |= {f"val_{name}": value for name, value in scores.items()}
                     score = scores[data["metric"]]
                     about["low_log_p"] = scores["low_log_p"]
                 run.log(out, row, BRIEF)
-                is_best, best = score > best, max(score, best)
+                is_best, best = score >= best, max(best, score)
                 about |= {"step": step, "seconds": seconds, "best": best}
                 checkpoint = run.checkpoint("mllm", settings, model, optimizers, **about)
                 if is_best:

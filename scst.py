@@ -308,7 +308,7 @@ def main(argv=None):
                 scores, _ = mllm.evaluate(model, data, "val")
                 row |= {f"val_{name}": value for name, value in scores.items()}
                 run.log(out, row | {"minutes": seconds / 60}, BRIEF)
-                is_best, best = scores[metric] > best, max(scores[metric], best)
+                is_best, best = scores[metric] >= best, max(scores[metric], best)
                 about |= {"step": step, "seconds": seconds, "best": best}
                 about["low_log_p"] = scores["low_log_p"]  # for a hint, see answers.answer_files()
                 checkpoint = run.checkpoint("scst", settings, model, optimizers, **about)

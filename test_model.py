@@ -381,23 +381,13 @@ def test_multi_head_attention_equals_torch_nn():
 
 def test_hand_written_attention_equals_fused_in_outputs_and_gradients():
     layer = shake(MultiHeadAttention(16, 2, rotary=RotaryEmbedding(8, 12)))
-    past = torch.randn(2, 4, 16)
     x = torch.randn(2, 6, 16, requires_grad=True)
     mask = torch.rand(2, 1, 6, 6) > 0.4
     mask[1, :, 2] = False  # a row that sees nothing gives zeros
     close(layer(x, mask=mask)[1, 2], layer.proj.bias)
-    for options in (
-        {},
-        {"mask": mask},
-        {"causal": True},
-        {"mask": mask, "causal": True},
-        {"cache": True, "causal": True},
-    ):
+    for options in ({}, {"mask": mask}, {"causal": True}, {"mask": mask, "causal": True}):
         results = []
         for layer.keep_weights in (False, True):
-            if "cache" in options:
-                options["cache"] = KVCache(10)
-                layer(past, **options)  # then 6 queries see 4 + 6 keys
             out = layer(x, **options)
             results.append((out, *gradients(out, x, *layer.parameters())))
         for fused, by_hand in zip(*results):
@@ -2316,7 +2306,6 @@ def test_pictures_use_another_font_for_characters_that_the_first_one_lacks():
     names, missing = pictures.choose_fonts("a\n\u0359\uffff")
     assert names[0] == "DejaVu Sans" and len(set(names)) == 2
     assert missing == {"\uffff"}
-    assert set(pictures.choose_fonts("")[0]) == {"DejaVu Sans"}
 
 
 def test_attention_fades_pictures_to_white():
@@ -2876,7 +2865,7 @@ def check_resume(name, best_name, column, best_of=max, n_updates=(3,)):
     assert not changed(f"{name}/last", "again/last")
     output_of(name, "--out_dir=out/quiet --eval_interval=4")
     assert not changed(f"{name}/last", "quiet/last")
-    evaluated = [row for row in rows if row.get(column)]
+    evaluated = [row for row in rows[::-1] if row.get(column)]  # of equals the last
     best = best_of(evaluated, key=lambda row: float(row[column]))
     checkpoint = saved(f"{name}/{best_name}")
     assert checkpoint["step"] == int(best["step"])
@@ -2965,9 +2954,6 @@ def test_vit_resumes_and_classifies():
         assert {call.args[1] for call in resize.call_args_list} == {16, 24, 32}
 
 
-ZERO_SHOT = "--eval_only=True --dataset=cifar10"
-
-
 def test_clip_resumes_and_matches():
     with toy_workplace():
         check_resume("clip", "best", "val_recall")
@@ -2983,8 +2969,7 @@ def test_clip_resumes_and_matches():
         shares = map(float, re.findall(r"([\d.]+)%", output))
         assert abs(sum(shares) - 100) < 0.2
         assert "picture 3 " in output
-        names = re.findall("val_(._prompts) ", output_of("clip", ZERO_SHOT))
-        assert names == ["1_prompts", "5_prompts"]
+        assert "val_5_prompts" in output_of("clip", "--eval_only=True --dataset=cifar10")
         cifar = vit.load_cifar("cpu")
         images = F.one_hot(cifar["labels"][cifar["splits"]["val"]], 10).float()
         texts = torch.eye(10).repeat(5, 1)
@@ -2992,23 +2977,6 @@ def test_clip_resumes_and_matches():
         with mock.patch.multiple(vit, out_dir="out/clip", embed=lambda *_: (images, texts)):
             scores = vit.evaluate_zero_shot(vit.load_model(saved("clip/best")), cifar, "val")
         assert [*scores.values()] == [0, 100]
-
-
-def test_clip_is_evaluated_with_the_first_captions():
-    clip_data = {
-        "splits": {"val": torch.arange(3)},
-        "captions": [["a"], ["b", "b", "b"], ["c", "c"]],
-        "images": torch.zeros(3),
-        "tokenizer": None,
-    }
-    clip = mock.Mock(loss=lambda images, texts: (images * texts).sum())
-    vectors = torch.eye(3), torch.eye(3)[[0, 1, 0, 0, 2, 2]]
-    recall = {"text10": 10.0, "photo10": 30.0}
-    fakes = {"embed": lambda *_: vectors, "recalls": lambda *_: recall, "batch_size": 2}
-    with mock.patch.multiple(vit, **fakes):
-        scores = vit.evaluate_matching(clip, clip_data, "val")
-    assert scores["val"] == (2.0 + 1.0) / 2
-    assert scores["val_recall"] == 20
 
 
 def test_recall_counts_own_captions_among_the_nearest():
@@ -3049,7 +3017,7 @@ def test_mllm_and_scst_resume_and_caption():
                 output = output_of(name, f"--image=mine/3.png --num_captions=3 {options}")
                 assert output.count("(log p") == 3
             assert "beam_cider" in output_of(name, "--eval_only=True --eval_split=test")
-        for low_log_p in (-99.0, 0.0):  # without and with a hint
+        for low_log_p in (-999.0, 0.0):  # without and with a hint
             run.save("out/mllm/sft.pt", saved("mllm/sft") | {"low_log_p": low_log_p})
             assert (answers.UNLIKE in output_of("mllm", "--image=mine/3.png")) == (low_log_p == 0)
         fails("a new run would rename out/mllm/sft.pt", "scst", "--out_dir=out/mllm")

@@ -439,7 +439,7 @@ def main(argv=None):
             if run.is_main():
                 row |= evaluate(model, data, "val") | {"minutes": seconds / 60}
                 run.log(out, row, ("train", "val", f"val_{score}", "lr", "ms_per_step", "minutes"))
-                is_best = row[f"val_{score}"] > best
+                is_best = row[f"val_{score}"] >= best
                 best = max(row[f"val_{score}"], best)
                 checkpoint = run.checkpoint(
                     "vit",
