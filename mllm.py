@@ -20,6 +20,7 @@ import dataclasses
 import math
 import re
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,26 +131,30 @@ BRIEF = ("train", "val", "val_cider", "val_right", "lr", "ms_per_step", "minutes
 
 def load_samples(dataset, image_size, n_drawn, max_tiles):
     """Return {images: (n, 3, image_size, image_size) uint8, or TiledImages; image_size; groups:
-    {train, val, test, and of drawn images sketches: lists of groups}; drawn: whether images are
-    drawn here; asks: whether there are questions; metric: the score that chooses the best
+    {train, val, test, and of drawn images sketches: lists of groups}; texts: what is said about
+    each training image; asks: whether there are questions; metric: the score that chooses the best
     checkpoint; tokenizer}."""
     drawn = dataset in ("shapes", "wide", "questions")
     if drawn:
         images, groups = draw_dataset(dataset, n_drawn, image_size, max_tiles)
-        texts = (text for group in groups["train"] for sample in group for text in texts_of(sample))
-        tokenizer = BPETokenizer.train(texts, 600)  # an id for every word
     else:
         images, groups, tokenizer = load_groups(dataset, image_size)
     tiles = 1 if torch.is_tensor(images) else images.pixels.size(1)
     assert tiles == max_tiles, f"{dataset} has images of {tiles} tiles, not max_tiles={max_tiles}"
-    asks = any(
-        text for group in groups["train"] for sample in group for text in texts_of(sample)[::2]
-    )
+    samples = [sample for group in groups["train"] for sample in group]
+    if drawn:
+        all_texts = (text for sample in samples for text in texts_of(sample))
+        tokenizer = BPETokenizer.train(all_texts, 600)  # an id for every word
+    texts = defaultdict(list)
+    for sample in samples:
+        for i in sample["images"]:
+            texts[i] += texts_of(sample)
+    asks = any(question for sample in samples for question in texts_of(sample)[::2])
     return {
         "images": images,
         "image_size": image_size,
         "groups": groups,
-        "drawn": drawn,
+        "texts": texts,
         "asks": asks,
         "metric": "right" if drawn or asks else "cider",
         "tokenizer": tokenizer,
@@ -294,17 +299,12 @@ def get_groups(groups, step):
     return sorted(batch, key=lambda group: sum(len(sample["ids"]) for sample in group))
 
 
-def augment(data, batch, groups, device):
-    """Return the augmented images of a batch."""
-    images = data["images"][batch.images].to(device)
+def augment(data, image_ids, device, **changes):
+    """Return training images, augmented unless they are on tiles. changes: see augment_photos()."""
+    images = data["images"][image_ids].to(device)
     if not torch.is_tensor(images):
         return images
-    texts = {i: [] for i in batch.images}
-    for group in groups:
-        for sample in group:
-            for i in sample["images"]:
-                texts[i] += texts_of(sample)
-    return augment_photos(images, list(texts.values()), crop, jitter, mirror, train_size)
+    return augment_photos(images, [data["texts"][i] for i in image_ids], **changes)
 
 
 # evaluation ---------------------------------------------------------------------------------------
@@ -552,6 +552,7 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
     if resumed:
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
         run.restore(resumed, model, optimizers)
+    changes = {"crop": crop, "jitter": jitter, "mirror": mirror, "size": train_size}
     same_view = crop == 1 and not (jitter or mirror or train_size or patch_dropout)
     frozen_vit = phase == "sft" and "vit" not in train and same_view and max_tiles == 1
     features = in_batches(model, model.vit.features, data["images"]) if frozen_vit else None
@@ -596,7 +597,7 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
         batches = [collate(part, data) for part in parts]
         n_targets = run.sum_over_processes(sum(batch.n_targets() for batch in batches), device)
         loss = 0.0
-        for part, batch in zip(parts, batches):
+        for batch in batches:
             ids, targets, segments = (t if t is None else t.to(device) for t in batch[2:])
             if word_dropout:
                 ids = hide_words(ids, tokenizer, word_dropout)
@@ -604,7 +605,7 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
                 if features is not None:
                     tokens = model.connect(features[batch.images])
                 else:
-                    tokens = model.encode(augment(data, batch, part, device))
+                    tokens = model.encode(augment(data, batch.images, device, **changes))
                 _, mean_loss = model(tokens[batch.which], ids, targets, label_smoothing, segments)
                 # part of the loss of the batch
                 part_loss = mean_loss * batch.n_targets() / n_targets

@@ -43,7 +43,6 @@ import config
 import mllm
 from config.tools import run
 from config.tools.answers import answer_mask, draw_answers
-from config.tools.data import augment_photos
 from config.tools.metrics import CiderD, LanguageJudge, bleu_of_words, words_of
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
@@ -188,15 +187,7 @@ def rollout(model, data, prompts, rows, reward, augmentation):
     device = run.device_of(model)
     tokenizer = data["tokenizer"]
     images = list(dict.fromkeys(i for row in rows for i in prompts[row]["images"]))
-    pixels = data["images"][images].to(device)
-    if torch.is_tensor(pixels):
-        texts = []  # those about each image, which may forbid to mirror it
-        for image in images:
-            about = [prompts[row] for row in rows if image in prompts[row]["images"]]
-            texts.append(
-                [text for prompt in about for text in [prompt["question"], *prompt["references"]]]
-            )
-        pixels = augment_photos(pixels, texts, **augmentation)
+    pixels = mllm.augment(data, images, device, **augmentation)
     with run.autocast(model):
         features = model.vit.features(pixels)
         tokens = model.connect(features)  # (M, N, C), for all samples
