@@ -217,12 +217,14 @@ def prompts_of(data, split):
                 if message["role"] == "user":
                     continue
                 before = sample["messages"][:k]
-                key = (*sample["images"], *(message["content"] for message in before))
+                n_images = str(before).count("<image>")  # later ones are not seen yet
+                images = sample["images"][:n_images]
+                key = (*images, *(message["content"] for message in before))
                 if key not in prompts:
                     ids, _ = encode(before, data["tokenizer"], data["n_placeholders"])
                     kind = "caption" if before[0]["content"] == "<image>" else "question"
                     prompts[key] = {
-                        "images": sample["images"],
+                        "images": images,
                         "ids": ids + [data["tokenizer"].bos_id],
                         "question": before[-1]["content"].replace("<image>", ""),
                         "kind": message.get("kind", kind),

@@ -20,6 +20,7 @@ Captions become lower case, without a full stop at the end; conversations stay a
 
 import csv
 import random
+import re
 import zipfile
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from PIL import Image
 
 import config
 from config.tools.conversations import (
+    find_image,
     numbered_lines,
     read_conversations,
     split_by_image,
@@ -52,8 +54,7 @@ size = 112  # pixels per side; photos are squeezed to squares, unless max_tiles 
 max_tiles = 1  # above 1, at most 4: photos keep their proportions, on up to so many square tiles
 vocab_size = 4096  # of the tokenizer, including special ids and bytes
 
-# No official checksum is known, so the photos are counted. The second address, the publisher's own,
-# does not always answer.
+# No official checksum is known. The second address, the publisher's own, does not always answer.
 MIRRORS = [
     "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/",
     "http://nlp.cs.illinois.edu/HockenmaierGroup/Framing_Image_Description/",
@@ -64,6 +65,7 @@ SPLITS = {
     "test": "Flickr_8k.testImages.txt",
 }
 CAPTIONS = "Flickr8k.token.txt"
+BEGINNING = re.compile(r"[^,]+\.\w{3,4} *,")  # of a line of captions.txt: the name of an image
 
 
 def clean(caption):
@@ -103,13 +105,7 @@ def read_flickr8k(folder):
     photos = open_archive(folder, "Flickr8k_Dataset.zip") / "Flicker8k_Dataset"
     for name in (*SPLITS.values(), CAPTIONS):
         assert (texts / name).exists(), f"{folder}/Flickr8k_text.zip lacks {name}; delete it"
-    n_photos = len(list(photos.iterdir())) if photos.is_dir() else 0
     splits = {split: (texts / name).read_text().split() for split, name in SPLITS.items()}
-    sizes = list(map(len, splits.values()))
-    assert n_photos == 8091 and sizes == [6000, 1000, 1000], (
-        f"the archives in {folder} are not Flickr8k: {n_photos} photos instead of 8091, splits of "
-        f"{sizes} instead of 6000, 1000 and 1000; delete them"
-    )
     captions = {}
     for line in (texts / CAPTIONS).read_text(encoding="utf-8").splitlines():
         name, caption = line.split("\t")
@@ -119,21 +115,29 @@ def read_flickr8k(folder):
 
 def read_captions(file, images):
     """Return {name: captions} from the lines `image,caption` of a file about a folder of images."""
-    captions = {}
-    n_empty = 0
+    records = []
     for where, line in numbered_lines(file):
-        name, *rest = next(csv.reader([line]))  # line by line: a quote that is not closed ends here
+        in_quotes = records and records[-1][1].count('"') % 2
+        if in_quotes and not BEGINNING.match(line):  # a caption with a line break
+            line = f"{records[-1][1]} {line}"
+            where, _ = records.pop()
+        records.append((where, line))
+    captions = {}
+    left_out = []
+    for i, (where, record) in enumerate(records):
+        name, *rest = next(csv.reader([record]))
         caption = ",".join(rest).strip()  # a caption with commas needs no quotes
         if caption.startswith('"'):  # quoted after a space
             caption = caption.removeprefix('"').removesuffix('"')
-        if not caption:
-            n_empty += 1
-        elif (name, caption) != ("image", "caption"):
-            assert (images / name).is_file(), f"{where}: there is no image {name!r} in {images}"
-            captions.setdefault(name, []).append(clean(caption))
+        if i == 0 and "." not in name:
+            continue  # the header
+        if re.search(r"\w", caption):
+            captions.setdefault(find_image(images, name, where), []).append(clean(caption))
+        else:
+            left_out.append(where)
     assert captions, f"{file} has no line of the form `image,caption`"
-    if n_empty:
-        print(f"{file}: left out {n_empty} lines without a caption")
+    if left_out:
+        print(f"left out {len(left_out)} lines without a caption; the first is {left_out[0]}")
     return captions
 
 
@@ -143,7 +147,7 @@ def read_folder(folder):
     The latter holds file and line, and is empty for captions.
     """
     assert folder.is_dir(), f"--source={folder} is not a folder"
-    images = folder / "Images" if (folder / "Images").is_dir() else folder
+    images = next(filter(Path.is_dir, (folder / "Images", folder / "images", folder)))
     caption_file = folder / "captions.txt"
     conversation_files = sorted(folder.glob("*.json*"))
     if conversation_files:
@@ -197,7 +201,6 @@ def main(argv=None):
         table, folder = read_flickr8k(out)
         named = {}
     names = table["names"]
-    assert names, f"{source} holds conversations without images"
     tiles = [max_tiles] * (max_tiles > 1)
     shape = (len(names), *tiles, 3, size, size)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -221,9 +224,8 @@ def main(argv=None):
         random.Random(0).shuffle(conversations)  # captions of a photo are apart in the stream
         ids = encode(conversations, tokenizer)
         save_array(out / f"{split}.npy", ids)
-        kind = "captions" if "captions" in table else "conversations"
         n = len(conversations)
-        print(f"{out}: {split}, {n:,} {kind} of {len(ids) / n:.1f} tokens on average")
+        print(f"{out}: {split}, {n:,} texts of {len(ids) / n:.1f} tokens on average")
     save_json(out / "tokenizer.json", tokenizer.state())
     save_json(out / "captions.json", table)
     print(f"{out}: images.npy {shape}, {tokenizer.vocab_size} token ids")

@@ -294,4 +294,5 @@ def draw_answers(path, data, prompts, answers, n=12):
             lines.append(f"(right: {prompts[i]['references'][0]})")
         titles.append("\n".join(lines).strip())
         pictures.append(side_by_side([join_tiles(data["images"], j) for j in prompts[i]["images"]]))
-    save_grid(path, pictures, titles)
+    if pictures:
+        save_grid(path, pictures, titles)

@@ -13,8 +13,10 @@ says becomes the beginning of the first user turn.
 """
 
 import json
+import posixpath
 import random
 import re
+import unicodedata
 
 from config.tools.run import fail
 
@@ -33,6 +35,19 @@ def numbered_lines(file):
             fail(f"{where}: not UTF-8 ({e})")
         if text.strip():
             yield where, text
+
+
+def find_image(folder, text, where):
+    """Return the one name of an image in a folder, a Path, that people may write in several ways.
+
+    `./a.jpg` and `b\\..\\a.jpg` are a.jpg, and an accented letter is one character or two.
+    """
+    name = posixpath.normpath(text.strip().replace("\\", "/"))
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, name)
+        if (folder / name).is_file():
+            return name
+    fail(f"{where}: there is no image {text!r} in {folder}")
 
 
 def clean(text):
@@ -109,7 +124,7 @@ def read_sample(value, where):
         f"{where}: the images are neither a file name, nor names with commas between them, nor a "
         f"list"
     )
-    images = [name.strip() for name in map(str, images)]
+    images = list(map(str, images))
     messages = read_messages(turns, where)
     n = str(messages).count("<image>")
     assert n == 0 or 0 < len(images) <= n, (
@@ -142,8 +157,8 @@ def read_conversations(files, folder):
     for file in files:
         for where, value in read_values(file):
             sample = read_sample(value, where)
+            sample["images"] = [find_image(folder, name, where) for name in sample["images"]]
             for name in sample["images"]:
-                assert (folder / name).is_file(), f"{where}: there is no image {name} in {folder}"
                 named.setdefault(name, where)
             n_surplus += drop_surplus(sample)
             samples.append(sample)

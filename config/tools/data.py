@@ -19,8 +19,6 @@ from PIL import Image, ImageOps
 from config.tools.run import fail, new_file, show_progress
 from model import IMAGE_ID, LAYOUTS, tokenizer_from_state
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-VIDEO_ENDINGS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow
 
 
@@ -162,12 +160,10 @@ def find_files(where):
     if "," in where and not path.exists():
         return [file for part in where.split(",") for file in find_files(part.strip())]
     if where and path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_ENDINGS]
-        assert files, f"{where}: a folder without images ({', '.join(IMAGE_ENDINGS)})"
+        endings = ("", *Image.registered_extensions())  # what Pillow may read
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings]
+        assert files, f"{where}: a folder without images"
         return files
-    assert path.suffix.lower() not in VIDEO_ENDINGS, (
-        f"{where}: make an animation of it first: ffmpeg -i {where} -vf fps=4,scale=256:-1 clip.gif"
-    )
     assert path.is_file(), f"{where}: no such image file or folder"
     return [path]
 
@@ -189,7 +185,8 @@ def open_images(where, n_frames=1):
         except UNREADABLE:
             broken.append(file.name)
     assert opened and (is_folder or not broken), (
-        f"{', '.join(broken)}: not an image that Pillow can read"
+        f"{', '.join(broken)}: not an image that Pillow can read; convert HEIC to JPEG, videos by "
+        f"ffmpeg -i clip.mp4 -vf fps=4,scale=256:-1 clip.gif"
     )
     if is_folder:
         return opened, broken
@@ -361,9 +358,12 @@ def load_data(path, prepare_with):
     """
     path = Path(path)
     assert path.is_file(), f"no data at {path} yet; make it first: {prepare_with}"
-    if path.suffix == ".npy":
-        return np.load(path, mmap_mode="c")  # copy on write: torch.from_numpy() needs no copy
-    return json.loads(path.read_bytes())
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="c")  # copy on write: torch.from_numpy() needs no copy
+        return json.loads(path.read_bytes())
+    except (ValueError, EOFError) as e:
+        fail(f"{path} is damaged ({e}); make it again: {prepare_with}")
 
 
 def prepare_command(dataset):
