@@ -469,7 +469,7 @@ def build_model(data):
     )
     model = make_mllm(c)
     if captioner:
-        load_weights(model, captioner, r"^compare" if c.max_images > n_compared else r"^$")
+        load_weights(model, captioner, r"^compare" if c.max_images > n_compared else r"$^")
     if vit:
         load_weights(model.vit, vit, r"tiles_|across\.")
     if gpt:

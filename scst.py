@@ -14,8 +14,7 @@ Starts from an sft.pt of mllm.py. Writes log.csv, loss.png, before_after.png, sc
 validation) and last.pt to out_dir.
 
 Departures from the paper:
-- the model is a transformer that attends to image tokens, not an LSTM; the ViT stays frozen by
-  default
+- the model is a transformer that attends to image tokens, not an LSTM; the ViT stays frozen
 - the loss is the mean over sampled tokens, not the sum over a caption's (a constant factor, and
   batches weigh alike)
 - the reward sees the end token as a word, in captions and references alike: without it, SCST learns

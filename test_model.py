@@ -2956,7 +2956,8 @@ def test_clip_resumes_and_matches():
     with toy_workplace():
         check_resume("clip", "best", "val_recall")
         output_of("vit")
-        fails("is not a classifier", "clip", "--vit_ckpt=out/clip/best.pt --out_dir=out/continued")
+        again = "--vit_ckpt=out/clip/best.pt --max_steps=0 --out_dir=out/again"
+        assert "ViT of out/clip/best.pt" in output_of("clip", again)
         options = "--vit_ckpt=out/vit/best.pt --max_steps=0 --out_dir=out/continued"
         assert "ViT of out/vit/best.pt" in output_of("clip", options)
         continued = saved("continued/last")["model"]

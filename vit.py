@@ -36,6 +36,7 @@ from config.tools.data import (
 from config.tools.metrics import recalls
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot, save_grid
+from config.tools.pretrained import load_part, load_weights
 from model import CLIP, CLIPConfig, ViT, ViTConfig, evaluating, tokenizer_from_state
 
 # the run
@@ -61,7 +62,7 @@ crop = 0.5  # clip: smallest share of its area that is seen of a training photo
 jitter = 0.3  # clip: brightness, contrast and saturation change by up to this factor
 max_tokens = 32  # clip: longest caption
 # model
-vit_ckpt = ""  # clip: the classifier whose ViT it starts from; empty: random weights
+vit_ckpt = ""  # clip: the classifier or CLIP whose ViT it starts from; empty: random weights
 patch_size = 8  # of the doubled pixels: 8x8 tokens per image
 n_layer = 6  # blocks
 n_head = 6  # attention heads per block
@@ -226,18 +227,13 @@ def load_captioned():
 
 
 def new_clip(data):
-    vit = vit_config(n_classes=0)
-    if vit_ckpt:
-        checkpoint = run.load(vit_ckpt, "vit")
-        assert "classes" in checkpoint, f"{vit_ckpt} is not a classifier"
-        vit = ViTConfig(**checkpoint["config"])
-        vit = dataclasses.replace(vit, n_classes=0, dropout=dropout, patch_dropout=patch_dropout)
+    checkpoint = load_part(vit_ckpt, "vit") if vit_ckpt else None
+    vit = ViTConfig(**checkpoint["config"]) if checkpoint else vit_config()
+    vit = dataclasses.replace(vit, n_classes=0, dropout=dropout, patch_dropout=patch_dropout)
     model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, dropout=dropout))
-    if vit_ckpt:
-        weights = checkpoint["model"]
-        del weights["head.weight"], weights["head.bias"]
-        model.vit.load_state_dict(weights)
-        print(f"ViT of {vit_ckpt}, step {checkpoint['step']}")
+    if checkpoint:
+        load_weights(model.vit, checkpoint)
+        print(f"ViT of {vit_ckpt}")
     return model
 
 

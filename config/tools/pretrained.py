@@ -24,11 +24,13 @@ GPT2_FILES = ("vocab.json", "merges.txt", "model.safetensors")
 CLIP_FILES = ("pytorch_model.bin",)
 HUB = {
     "gpt2": GPT2_FILES,
+    "openai-community/gpt2": GPT2_FILES,
     "gpt2-medium": GPT2_FILES,
     "gpt2-large": GPT2_FILES,
     "gpt2-xl": GPT2_FILES,
     "openai/clip-vit-base-patch16": CLIP_FILES,
     "openai/clip-vit-base-patch32": CLIP_FILES,
+    "openai/clip-vit-large-patch14": CLIP_FILES,
 }
 DTYPES = {
     "F32": torch.float32,
@@ -348,9 +350,9 @@ def load_part(where, stage):
     return checkpoint
 
 
-def load_weights(part, checkpoint, new):
+def load_weights(part, checkpoint, new=r"$^"):
     """Load the weights of a part of a model from a checkpoint. Parameters whose names match the
-    pattern new keep their values."""
+    pattern new keep their values; by default none."""
     weights = checkpoint["model"]
     state = part.state_dict()
     for name in state:
