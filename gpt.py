@@ -167,7 +167,7 @@ def main(argv=None):
     run.check_batch(batch_size, accumulation)
     train_ids = train_ids.to(dev)
     tokenizer = tokenizer_from_state(tokenizer_state)
-    beginning = "" if hasattr(tokenizer, "bos_id") else tokenizer.chars[0]  # "\n" if there is any
+    beginning = "" if hasattr(tokenizer, "bos_id") else tokenizer.chars[0]  # such as "\n"
 
     resumed = run.start("gpt", settings)
     torch.manual_seed(seed)

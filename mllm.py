@@ -73,8 +73,8 @@ accumulation = 1  # parts that a process splits its share of the batch into, to 
 captions_per_photo = 1  # samples of a group in a step: its image tokens are computed once
 max_tokens = 40  # longest text of a sample with the most images; longer samples are left out
 # model: a checkpoint brings its own architecture
-vit_ckpt = ""  # of stage 1 or a captioner, or openai/clip-vit-base-patch16, or its folder; or new
-gpt_ckpt = ""  # of stage 2 or a captioner, or gpt2, or its folder; empty: new
+vit_ckpt = ""  # of stage 1 or a captioner; or openai/clip-vit-base-patch16; empty: new
+gpt_ckpt = ""  # of stage 2 or a captioner; or gpt2; empty: new
 mllm_ckpt = ""  # instead of both, a captioner that has learnt other data
 fusion = "cross"  # the words attend to the image tokens; or prefix: these stand before the words
 cross_layers = ()  # with fusion=cross: blocks of the GPT with cross-attention; (): all of them
@@ -114,9 +114,7 @@ beams = 5  # width of the beam search; 1: greedy
 length_penalty = 0.6  # beams are compared by log p / length ** length_penalty
 temperature = 0.0  # with image, above 0: sample at this temperature
 num_captions = 1  # with image: captions of each
-context = (
-    0  # for long conversations: read so many tokens at once, see extend_context(); 0: as trained
-)
+context = 0  # above 0: read so many tokens at once, for long conversations, see extend_context()
 yarn = 1.0  # with context: the new context over that of the training
 
 
@@ -525,6 +523,7 @@ def use(stage, path, settings):
     model, checkpoint = load_captioner(path, stage, settings["device"], settings["dtype"])
     if settings.get("context"):
         extend_context(model.gpt, settings["context"], settings["yarn"])
+        model.to(run.device_of(model))
     if settings["chat"]:
         answers.chat(model, checkpoint, settings, encode)
     elif settings["image"] or settings["prompt"]:
@@ -556,8 +555,9 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
         run.restore(resumed, model, optimizers)
     changes = {"crop": crop, "jitter": jitter, "mirror": mirror, "size": train_size}
     same_view = crop == 1 and not (jitter or mirror or train_size or patch_dropout)
-    frozen_vit = phase == "sft" and "vit" not in train and same_view and max_tiles == 1
-    features = in_batches(model, model.vit.features, data["images"]) if frozen_vit else None
+    features = None  # computed once if they never change
+    if phase == "sft" and "vit" not in train and same_view and max_tiles == 1 and data["texts"]:
+        features = in_batches(model, model.vit.features, data["images"])
 
     # for checkpoints
     about = {"phase": phase, "tokenizer": tokenizer.state(), "asks": data["asks"]}
@@ -572,7 +572,7 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 row |= {"val": validation_loss(model, data, "val"), "minutes": seconds / 60}
-                score = math.nan  # in align, which is no best
+                score = math.nan  # align has none, so it is never the best
                 if phase == "sft":
                     scores, texts = evaluate(model, data, "val")
                     row |= {f"val_{name}": value for name, value in scores.items()}

@@ -579,12 +579,10 @@ class TransformerEncoder(nn.Module):
     """n_layer encoder blocks and a last norm: (B, T, C) -> (B, T, C). block: further arguments of
     EncoderBlock."""
 
-    def __init__(self, n_layer, n_embd, n_head, norm="layer", **block):
+    def __init__(self, n_layer, n_embd, n_head, **block):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            EncoderBlock(n_embd, n_head, norm=norm, **block) for _ in range(n_layer)
-        )
-        self.norm = make_norm(norm, n_embd)
+        self.blocks = nn.ModuleList(EncoderBlock(n_embd, n_head, **block) for _ in range(n_layer))
+        self.norm = LayerNorm(n_embd)
 
     def forward(self, x, mask=None):
         for block in self.blocks:
@@ -1493,8 +1491,10 @@ class CAbstractor(nn.Module):
 
 
 class Resampler(LinearConnector):
-    """16 learnt queries attend to the patches, of which there may be any number: as many image
-    tokens (Flamingo, Alayrac et al. 2022; Qwen-VL, Bai et al. 2023)."""
+    """16 learnt queries attend to the patches, however many there are; each becomes an image token
+    (Flamingo, Alayrac et al. 2022; Qwen-VL, Bai et al. 2023)."""
+
+    has_places = False  # an image token stands for no part of the image
 
     def __init__(self, n_vision, n_language):
         super().__init__(n_vision, n_language)

@@ -65,7 +65,7 @@ SPLITS = {
     "test": "Flickr_8k.testImages.txt",
 }
 CAPTIONS = "Flickr8k.token.txt"
-BEGINNING = re.compile(r"[^,]+\.\w{3,4} *,")  # of a line of captions.txt: the name of an image
+BEGINNING = re.compile(r"[^,]+\.\w{3,4} *,")  # how a line of captions.txt begins: with an image
 
 
 def clean(caption):
@@ -129,7 +129,7 @@ def read_captions(file, images):
         caption = ",".join(rest).strip()  # a caption with commas needs no quotes
         if caption.startswith('"'):  # quoted after a space
             caption = caption.removeprefix('"').removesuffix('"')
-        if i == 0 and "." not in name:
+        if i == 0 and "." not in name and not (images / name).is_file():
             continue  # the header
         if re.search(r"\w", caption):
             captions.setdefault(find_image(images, name, where), []).append(clean(caption))

@@ -1,7 +1,7 @@
 r"""Drawn scenes, wide, square and tall, on tiles as in Llama 3.2 Vision, on two CPU cores.
 
 The ViT is that of python mllm.py. The GPT learns the captions first, as text. Then it stays
-frozen, so what it makes of text alone does not change:
+frozen, so on text without images it stays exactly as it was:
 
     python mllm.py config/llama_vision_cpu.py --vit_ckpt= --gpt_ckpt= --train=gpt --max_steps=300 \
         --out_dir=out/llama_gpt

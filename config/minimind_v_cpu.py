@@ -2,7 +2,7 @@
 
 out_dir = "out/minimind_v_cpu"
 fusion = "prefix"  # image tokens stand before the words
-connector = "linear"  # without bias, as MiniMind-V's projection
+connector = "linear"  # one matrix, as MiniMind-V's projection
 gpt_norm = "rms"
 gpt_activation = "swiglu"
 n_experts = 4  # mixture of experts

@@ -38,8 +38,7 @@ def user_message(text, n_images):
 
 
 def read_images(checkpoint, model, settings):
-    """Return [(name, [PIL image, ...]), ...] of settings["image"], and the names of files that are
-    not images."""
+    """Return [(name, [PIL image, ...]), ...] of settings["image"]."""
     max_images = model.config.max_images
     asks = settings["prompt"] or settings["chat"]
     assert checkpoint["asks"] or not asks, (
@@ -47,13 +46,13 @@ def read_images(checkpoint, model, settings):
         "see config/questions_cpu.py"
     )
     if not settings["image"]:
-        return [("no image", [])], []
-    sources, broken = open_images(settings["image"], max_images)
+        return [("no image", [])]
+    sources = open_images(settings["image"], max_images)
     for name, images in sources:
         assert len(images) <= max_images, (
             f"{name}: {len(images)} images; this model has learnt at most {max_images}"
         )
-    return sources, broken
+    return sources
 
 
 def image_size_of(checkpoint):
@@ -78,7 +77,7 @@ def encode_messages(model, checkpoint, messages, encode):
 def answer_files(model, checkpoint, settings, encode):
     """Print what the model says about a user's images, with log-probabilities, and draw it; of the
     first images also where the model looked for each word."""
-    sources, broken = read_images(checkpoint, model, settings)
+    sources = read_images(checkpoint, model, settings)
     generator = torch.Generator(device_of(model)).manual_seed(settings["seed"])
     n = settings["num_captions"]
     out = Path(settings["out_dir"])
@@ -101,7 +100,7 @@ def answer_files(model, checkpoint, settings, encode):
             )
             log_p = log_p_of(model, tokens, prompt, answers)
             texts = [tokenizer.decode(row) for row in answers.tolist()]
-            if photos and texts[0] and i < 4:
+            if photos and texts[0] and i < 4 and getattr(model.connector, "has_places", True):
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
                 path = out / f"places_{i + 1}_{Path(name.split(',')[0]).stem[:50]}.png"
                 shown = thumbnails if torch.is_tensor(images) else images.pixels.flatten(0, 1)
@@ -117,7 +116,6 @@ def answer_files(model, checkpoint, settings, encode):
     if pictures:
         save_grid(out / "captioned.png", pictures, titles)
         print(f"wrote {out}/captioned.png")
-    assert not broken, f"not images that Pillow can read: {', '.join(broken)}"
 
 
 def answer_mask(ids, eos_id):
@@ -137,7 +135,7 @@ def log_p_of(model, tokens, prompts, answers):
 @torch.no_grad()
 def chat(model, checkpoint, settings, encode):
     """Talk about a user's images in the terminal, until an empty line or the end of the input."""
-    sources, broken = read_images(checkpoint, model, settings)
+    sources = read_images(checkpoint, model, settings)
     assert len(sources) == 1, (
         "a chat is about one image, several (--image=a.png,b.png) or a clip (--image=a.gif)"
     )
@@ -277,20 +275,15 @@ def print_kinds(prompts, answers):
 
 
 def draw_answers(path, data, prompts, answers, n=12):
-    """Draw the images of n prompts with the last question and the model's answer; among questions
-    at least one that it has wrong, if there is any, with the right answer below."""
+    """Draw the images of n prompts with the last question and the model's answer; if it is wrong,
+    with the right one below."""
     shown = [i for i, prompt in enumerate(prompts) if prompt["images"]]
-    wrong = []
-    if data["asks"]:
-        wrong = [i for i in shown if not is_right(prompts[i], answers[i])]
+    if data["asks"]:  # some of each kind
         shown = shown[:: max(1, len(shown) // n)]
-    shown = shown[:n]
-    if wrong and not set(shown) & set(wrong):
-        shown[-1] = wrong[0]
     pictures, titles = [], []
-    for i in shown:
+    for i in shown[:n]:
         lines = [prompts[i]["question"], answers[i]]
-        if i in wrong:
+        if data["asks"] and not is_right(prompts[i], answers[i]):
             lines.append(f"(right: {prompts[i]['references'][0]})")
         titles.append("\n".join(lines).strip())
         pictures.append(side_by_side([join_tiles(data["images"], j) for j in prompts[i]["images"]]))

@@ -38,15 +38,14 @@ def numbered_lines(file):
 
 
 def find_image(folder, text, where):
-    """Return the one name of an image in a folder, a Path, that people may write in several ways.
+    """Return the name by which a folder, a Path, has an image, however people wrote it.
 
     `./a.jpg` and `b\\..\\a.jpg` are a.jpg, and an accented letter is one character or two.
     """
     name = posixpath.normpath(text.strip().replace("\\", "/"))
-    for form in ("NFC", "NFD"):
-        name = unicodedata.normalize(form, name)
-        if (folder / name).is_file():
-            return name
+    for spelling in (*(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), text):
+        if (folder / spelling).is_file():
+            return spelling
     fail(f"{where}: there is no image {text!r} in {folder}")
 
 

@@ -160,10 +160,7 @@ def find_files(where):
     if "," in where and not path.exists():
         return [file for part in where.split(",") for file in find_files(part.strip())]
     if where and path.is_dir():
-        endings = ("", *Image.registered_extensions())  # what Pillow may read
-        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings]
-        assert files, f"{where}: a folder without images"
-        return files
+        return [file for file in sorted(path.iterdir()) if file.is_file()]
     assert path.is_file(), f"{where}: no such image file or folder"
     return [path]
 
@@ -174,7 +171,7 @@ def open_images(where, n_frames=1):
     where: a file or a URL; files with commas between them, which are seen together; or a folder,
         whose images are seen one by one.
     n_frames: how many frames of an animation are seen.
-    Returns a list of (name, [PIL image, ...]), and the names of files that Pillow cannot read.
+    Returns a list of (name, [PIL image, ...]). Files in a folder that are no images are skipped.
     """
     is_folder = os.path.isdir(where)
     files = find_files(where)
@@ -184,14 +181,16 @@ def open_images(where, n_frames=1):
             opened.append((file.name, open_file(file, n_frames)))
         except UNREADABLE:
             broken.append(file.name)
+    message = f"no image that Pillow can read: {', '.join(broken) or where}"
     assert opened and (is_folder or not broken), (
-        f"{', '.join(broken)}: not an image that Pillow can read; convert HEIC to JPEG, videos by "
-        f"ffmpeg -i clip.mp4 -vf fps=4,scale=256:-1 clip.gif"
+        f"{message} (HEIC: make JPEG of it; video: ffmpeg -i a.mp4 -vf fps=4,scale=256:-1 a.gif)"
     )
+    if broken:
+        print(f"skipped: {message}")
     if is_folder:
-        return opened, broken
+        return opened
     name = ", ".join(name for name, _ in opened)
-    return [(name, [image for _, images in opened for image in images])], broken
+    return [(name, [image for _, images in opened for image in images])]
 
 
 # augmentation -------------------------------------------------------------------------------------

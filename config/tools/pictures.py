@@ -53,7 +53,7 @@ def choose_fonts(text):
     """
     names = []
     missing = {"?", *text} - {"\n"}
-    fonts = font_manager.fontManager.ttflist
+    fonts = [font for font in font_manager.fontManager.ttflist if font.weight == 400]
     for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):
         if missing and "Last Resort" not in font.name:  # that one has a box for every character
             found = missing & set(map(chr, font_manager.get_font(font.fname).get_charmap()))

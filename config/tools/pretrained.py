@@ -26,8 +26,6 @@ HUB = {
     "gpt2": GPT2_FILES,
     "openai-community/gpt2": GPT2_FILES,
     "gpt2-medium": GPT2_FILES,
-    "gpt2-large": GPT2_FILES,
-    "gpt2-xl": GPT2_FILES,
     "openai/clip-vit-base-patch16": CLIP_FILES,
     "openai/clip-vit-base-patch32": CLIP_FILES,
     "openai/clip-vit-large-patch14": CLIP_FILES,

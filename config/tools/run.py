@@ -247,9 +247,9 @@ def load(path, *stages):
     """Return the checkpoint at path, on the CPU, which one of the stages ("vit", "gpt", ...) has
     saved."""
     path = Path(path)
+    stage = {"sft.pt": "mllm", "scst.pt": "scst"}.get(path.name, stages[0])
     assert path.is_file(), (
-        f"no checkpoint {path} yet; train one first: python {'.py or '.join(stages)}.py"
-        f"{recipe_of(path.parent)}"
+        f"no checkpoint {path} yet; train one first: python {stage}.py{recipe_of(path.parent)}"
     )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
