@@ -314,11 +314,10 @@ def evaluate_matching(model, data, split):
 def evaluate_zero_shot(model, data, split):
     """Return the accuracy of CLIP on CIFAR-10, in per cent: it takes the class whose text is the
     nearest, with one prompt and with the mean of several (Radford et al. 2021, section 3.1.4)."""
-    checkpoint = run.load(Path(out_dir, "best.pt"), "vit")
-    tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    tokenizer = tokenizer_from_state(run.load(Path(out_dir, "best.pt"), "vit")["tokenizer"])
     rows = data["splits"][split]
     texts = [prompt.format(name) for prompt in PROMPTS for name in data["about"]["classes"]]
-    pixels = resize(data["images"][rows], checkpoint["image_size"])
+    pixels = resize(data["images"][rows], model.config.vit.image_size)
     images, texts = embed(model, pixels, texts, tokenizer)
     texts = texts.unflatten(0, (len(PROMPTS), -1))  # (prompts, classes, n_shared)
     scores = {}
