@@ -3323,7 +3323,7 @@ def test_a_full_disk_leaves_the_last_checkpoint():
         path = Path("out/gpt/last.pt")
         whole = path.read_bytes()
         with mock.patch.object(torch, "save", fill_disk):
-            fails("could not write out/gpt/best.pt (is the disk full?)", "gpt", "--init_from=resume")
+            fails("could not write out/gpt/best.pt (is the", "gpt", "--init_from=resume")
         assert path.read_bytes() == whole
 
 
