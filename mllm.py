@@ -622,6 +622,7 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
 def main(argv=None):
     settings = config.override(globals(), argv)
     out = Path(out_dir)
+    assert context or yarn == 1, "yarn is for a longer context: give both"
     if image or prompt or chat or eval_only:
         return use("mllm", out / "sft.pt", settings)
     assert fusion in ("prefix", "cross"), f"fusion={fusion}: prefix or cross"
