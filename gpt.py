@@ -68,6 +68,10 @@ def load_split(split):
     """Return the token ids of a split, (n,) int64, and the state of their tokenizer."""
     folder = Path("data", dataset)
     prepare = prepare_command(dataset)
+    if "DIR" in prepare:
+        prepare += (
+            f"; or of data/{dataset}/input.txt: python prepare_shakespeare.py --out_dir={folder}"
+        )
     state = load_data(folder / "tokenizer.json", prepare)
     ids = load_data(folder / f"{split}.npy", prepare)
     return torch.from_numpy(ids.astype(np.int64)), state
@@ -107,6 +111,8 @@ def write_text(model, tokenizer, text, echo=False):
     bos = [tokenizer.bos_id] if hasattr(tokenizer, "bos_id") else []
     device = run.device_of(model)
     ids = torch.tensor([bos + tokenizer.encode(text)], device=device)
+    if echo:
+        print(text, end="", flush=True)
     generator = torch.Generator(device).manual_seed(seed)
     written, shown = [], ""
     with run.autocast(model):
@@ -146,7 +152,6 @@ def use(device):
         return
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
     text = prompt.replace("\\n", "\n")
-    print(text, end="", flush=True)
     write_text(model, tokenizer, text, echo=True)
     print()
 

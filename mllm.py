@@ -28,7 +28,7 @@ import torch
 
 import config
 from config.tools import answers, run
-from config.tools.data import augment_photos, hide_words, load_groups, texts_of
+from config.tools.data import augment_photos, hide_words, load_photos, texts_of
 from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
@@ -136,7 +136,7 @@ def load_samples(dataset, image_size, n_drawn, max_tiles):
     if drawn:
         images, groups = draw_dataset(dataset, n_drawn, image_size, max_tiles)
     else:
-        images, groups, tokenizer = load_groups(dataset, image_size)
+        images, groups, tokenizer = load_photos(dataset, image_size)
     tiles = 1 if torch.is_tensor(images) else images.pixels.size(1)
     assert tiles == max_tiles, f"{dataset} has images of {tiles} tiles, not max_tiles={max_tiles}"
     samples = [sample for group in groups["train"] for sample in group]
@@ -333,9 +333,8 @@ def alike(prompts, batch_size=250):
 
 @torch.no_grad()
 def write_answers(model, data, prompts, **decoding):
-    """Return the model's answers to prompts, a list of str; whether it ended each, a list of bool;
-    and their log-probabilities, a list of float. Greedy, unless decoding, further arguments of
-    MLLM.generate(), says otherwise."""
+    """Return the model's answers to prompts, a list of str, and their log-probabilities, a list of
+    float. Greedy, unless decoding, further arguments of MLLM.generate(), says otherwise."""
     images = sorted({i for prompt in prompts for i in prompt["images"]})
     device = run.device_of(model)
     tokens = torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
@@ -343,7 +342,7 @@ def write_answers(model, data, prompts, **decoding):
         tokens = in_batches(model, model.encode, data["images"][images])
     place = {image: k for k, image in enumerate(images)}
     tokenizer = data["tokenizer"]
-    texts, ended, log_ps = [""] * len(prompts), [False] * len(prompts), [0.0] * len(prompts)
+    texts, log_ps = [""] * len(prompts), [0.0] * len(prompts)
     for rows in alike(prompts):
         ids = torch.tensor([prompts[i]["ids"] for i in rows], device=device)
         own = tokens[[place[image] for i in rows for image in prompts[i]["images"]]]
@@ -352,10 +351,9 @@ def write_answers(model, data, prompts, **decoding):
             log_p = answers.log_p_of(model, own, ids, written)
         for i, row, value in zip(rows, written.tolist(), log_p.tolist()):
             texts[i] = tokenizer.decode(row)
-            ended[i] = tokenizer.eos_id in row
             log_ps[i] = value
         run.show_progress(f"answering {len(prompts)} prompts")
-    return texts, ended, log_ps
+    return texts, log_ps
 
 
 @torch.no_grad()
@@ -386,8 +384,8 @@ def evaluate(model, data, split, **decoding):
     drawn images and questions the share of right answers, and the log-probability that 99.9% of the
     answers exceed; and the answers."""
     prompts = prompts_of(data, split)
-    texts, ended, log_ps = write_answers(model, data, prompts, **decoding)
-    scores = caption_scores(texts, ended, [prompt["references"] for prompt in prompts])
+    texts, log_ps = write_answers(model, data, prompts, **decoding)
+    scores = caption_scores(texts, [prompt["references"] for prompt in prompts])
     if data["metric"] == "right":
         n_right = sum(map(answers.is_right, prompts, texts))
         scores["right"] = 100 * n_right / len(prompts)
@@ -404,7 +402,7 @@ def evaluate_all(model, data, split, beams, length_penalty):
         scores |= {f"beam_{name}": by_beams[name] for name in ("cider", "bleu4")}
     if "right" in scores:
         prompts = prompts_of(data, split)
-        other_images, *_ = write_answers(model, data, answers.with_other_images(prompts))
+        other_images, _ = write_answers(model, data, answers.with_other_images(prompts))
         scores |= answers.print_kinds(prompts, {"right": texts, "other images": other_images})
     return scores, texts
 
@@ -469,7 +467,7 @@ def build_model(data):
     if captioner:
         load_weights(model, captioner, r"^compare" if c.max_images > n_compared else r"$^")
     if vit:
-        load_weights(model.vit, vit, r"tiles_|across\.")
+        load_weights(model.vit, vit, r"tiles_|across\.|pixel_")
     if gpt:
         load_weights(model.gpt, gpt, r"cross_")
     for part, origin in (("vit", vit_ckpt), ("connector", ""), ("gpt", gpt_ckpt)):
@@ -531,6 +529,7 @@ def use(stage, path, settings):
     else:
         data = load_data(model, checkpoint)
         split = settings["eval_split"]
+        assert split in data["groups"], f"eval_split={split}: {', '.join(data['groups'])}"
         scores, _ = evaluate_all(model, data, split, settings["beams"], settings["length_penalty"])
         print(
             f"{path}, step {checkpoint['step']}, {split}: "

@@ -604,8 +604,8 @@ class TransformerDecoder(nn.Module):
         )
         self.blocks = nn.ModuleList()
         for i in range(n_layer):
-            has_cross = i in cross_layers
-            self.blocks.append(DecoderBlock(n_embd, n_head, norm=norm, cross=has_cross, **block))
+            cross = i in cross_layers
+            self.blocks.append(DecoderBlock(n_embd, n_head, norm=norm, cross=cross, **block))
         self.norm = make_norm(norm, n_embd)
 
     def new_caches(self, max_len):
@@ -826,7 +826,7 @@ def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Return (B,) ids drawn from (B, vocab_size) logits. temperature 0: the likeliest. top_k,
     top_p: see keep_likely().
     """
-    if temperature == 0:
+    if not temperature:
         return logits.argmax(-1)
     logits = keep_likely(logits.float() / temperature, top_k, top_p)
     # needs one random number per row, torch.multinomial one per id
@@ -1179,7 +1179,7 @@ class MLLM(nn.Module):
         with evaluating(self):
             tokens = self.tokens_of(images)
             room = c.gpt.block_size - ids.size(1) + 1  # the last new token is not read
-            assert room > 0, f"a prompt of {ids.size(1)} tokens leaves no room for an answer"
+            assert room > 0, f"a prompt of {ids.size(1)} tokens is longer than {c.gpt.block_size}"
             n = min(max_new_tokens, room)
             embedded = self.embed(tokens, ids)
             if beams > 1 and not temperature:
@@ -1300,7 +1300,7 @@ def keep_likely(logits, top_k=0, top_p=1.0):
     top_k: keep the k likeliest tokens; 0: all. top_p: keep the fewest tokens that together have
     this probability (nucleus sampling, Holtzman et al. 2020); 1: all.
     """
-    if top_k > 0:
+    if top_k:
         kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -math.inf)
     if top_p < 1:
@@ -1315,6 +1315,7 @@ def keep_likely(logits, top_k=0, top_p=1.0):
 def beam_search(gpt, embedded, max_new_tokens, beams, eos_id, length_penalty=1.0):
     """Return the best continuations of prompts that a beam search finds: (B, beams, n) ids, n <=
     max_new_tokens, best first and filled with eos_id after their end; and their (B, beams) scores.
+    There are fewer than beams if there are fewer texts.
 
     The score is log p / length ** length_penalty, the end counted in the length (0: log p itself,
     which prefers short texts). At each position the best continuations are kept, ended ones among
@@ -1348,7 +1349,8 @@ def beam_search(gpt, embedded, max_new_tokens, beams, eos_id, length_penalty=1.0
             kept = tokens.gather(1, beam[:, :, None].expand_as(tokens))
             tokens = torch.cat((kept, token[:, :, None]), dim=2)
             if tokens.size(2) >= max_new_tokens or ended.all():
-                return tokens, scores
+                is_text = scores[0].isfinite()
+                return tokens[:, is_text], scores[:, is_text]
             for self_cache, _ in caches:  # all beams of a prompt share the memory
                 self_cache.select((first_row + beam).flatten())
             x = gpt.embedding(token.view(-1, 1))  # (B * beams, 1, C)
@@ -1680,8 +1682,9 @@ class Transformer(nn.Module):
         self.drop = Dropout(dropout)
         block = {"activation": "relu", "dropout": dropout}
         self.encoder = TransformerEncoder(n_layer, n_embd, n_head, **block)
-        everywhere = range(n_layer)
-        self.decoder = TransformerDecoder(n_layer, n_embd, n_head, cross_layers=everywhere, **block)
+        self.decoder = TransformerDecoder(
+            n_layer, n_embd, n_head, cross_layers=range(n_layer), **block
+        )
         init_weights(self)
         # embed() multiplies by sqrt(n_embd)
         nn.init.normal_(self.embedding.weight, std=n_embd**-0.5)

@@ -10,8 +10,7 @@ conversations in *.jsonl or *.json, in the layouts of config/tools/conversations
 
     images.npy               (n, 3, size, size) uint8, or (n, max_tiles, 3, size, size)
     layouts.npy              (n,) indices in model.LAYOUTS, with max_tiles above 1
-    captions.json            the names of the images, the captions of each image, and the indices of
-                             the images in each split; or the conversations of each split
+    samples.json             the names of the images, and the samples of each split, see mllm.py
     tokenizer.json           a BPE tokenizer, trained on the training texts
     {train,val,test}.npy     the texts as one stream of token ids, for gpt.py
 
@@ -33,19 +32,18 @@ from config.tools.conversations import (
     numbered_lines,
     read_conversations,
     split_by_image,
-    split_randomly,
 )
 from config.tools.data import (
     UNREADABLE,
+    caption_samples,
     download,
-    groups_of,
     save_array,
     save_json,
     texts_of,
     to_images,
     to_rgb,
 )
-from config.tools.run import fail, new_file, one_line_errors, show_progress
+from config.tools.run import new_file, one_line_errors, show_progress
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what --dataset=flickr8k reads
@@ -73,26 +71,6 @@ def clean(caption):
     return " ".join(caption.lower().split()).rstrip(" .")
 
 
-def caption_table(captions, splits):
-    """Return the table for captions.json, from {name: captions} and {split: names}."""
-    names = sum(splits.values(), [])
-    index = {name: i for i, name in enumerate(names)}
-    return {
-        "names": names,
-        "captions": [captions[name] for name in names],
-        "splits": {split: [index[name] for name in splits[split]] for split in splits},
-    }
-
-
-def conversation_table(samples, names):
-    """Return the table for captions.json, from samples with images as names."""
-    splits = split_by_image(samples)
-    index = {name: i for i, name in enumerate(names)}
-    for sample in samples:
-        sample["images"] = [index[name] for name in sample["images"]]
-    return {"names": names, "samples": splits}
-
-
 def open_archive(folder, name):
     path = download(folder / name, [mirror + name for mirror in MIRRORS])
     assert zipfile.is_zipfile(path), f"{path} is not a zip archive; delete it and run this again"
@@ -100,17 +78,24 @@ def open_archive(folder, name):
 
 
 def read_flickr8k(folder):
-    """Return the table for captions.json, and the folder of the photos inside their archive."""
+    """Return {split: samples}, and the folder of the photos inside their archive."""
     texts = open_archive(folder, "Flickr8k_text.zip")
     photos = open_archive(folder, "Flickr8k_Dataset.zip") / "Flicker8k_Dataset"
     for name in (*SPLITS.values(), CAPTIONS):
         assert (texts / name).exists(), f"{folder}/Flickr8k_text.zip lacks {name}; delete it"
-    splits = {split: (texts / name).read_text().split() for split, name in SPLITS.items()}
     captions = {}
     for line in (texts / CAPTIONS).read_text(encoding="utf-8").splitlines():
         name, caption = line.split("\t")
         captions.setdefault(name.split("#")[0], []).append(clean(caption))
-    return caption_table(captions, splits), photos
+    splits = {}
+    for split, name in SPLITS.items():
+        splits[split] = samples_of((texts / name).read_text().split(), captions)
+    return splits, photos
+
+
+def samples_of(names, captions):
+    """Return the samples of images, of which captions is {name: captions}."""
+    return [sample for name in names for sample in caption_samples(name, captions[name])]
 
 
 def read_captions(file, images):
@@ -142,38 +127,35 @@ def read_captions(file, images):
 
 
 def read_folder(folder):
-    """Return the table for captions.json, the folder of the images, and {name: where it is named}.
-
-    The latter holds file and line, and is empty for captions.
-    """
+    """Return {split: samples}, and the folder of the images."""
     assert folder.is_dir(), f"--source={folder} is not a folder"
     images = next(filter(Path.is_dir, (folder / "Images", folder / "images", folder)))
     caption_file = folder / "captions.txt"
-    conversation_files = sorted(folder.glob("*.json*"))
+    conversation_files = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
     if conversation_files:
         assert not caption_file.is_file(), (
             f"{folder} holds both captions.txt and {conversation_files[0].name}; move one away"
         )
-        samples, named = read_conversations(conversation_files, images)
-        return conversation_table(samples, list(named)), images, named
+        return split_by_image(read_conversations(conversation_files, images)), images
     assert caption_file.is_file(), (
         f"{caption_file} is missing: a line `image,caption` for each caption of each image in "
         f"{folder}; or conversations in *.jsonl or *.json"
     )
     captions = read_captions(caption_file, images)
-    splits = split_randomly(sorted(captions), f"images in {caption_file}")
-    return caption_table(captions, splits), images, {}
+    return split_by_image(samples_of(sorted(captions), captions)), images
 
 
-def open_photos(names, folder, named):
-    """Yield the images of a folder in RGB. named: {name: where it is named}, for the message."""
+def open_photos(names, folder, broken):
+    """Yield the images of a folder in RGB. In the place of one that cannot be read yield a black
+    one, and add {name: what is wrong} to broken."""
     for i, name in enumerate(names):
         show_progress(f"packing photo {i}/{len(names)}")
         try:
             with (folder / name).open("rb") as file:
                 yield to_rgb(Image.open(file))
         except UNREADABLE as e:
-            fail(f"{named.get(name, folder)}: {name} cannot be read as an image ({e})")
+            broken[name] = f"{folder / name} cannot be read as an image ({e})"
+            yield Image.new("RGB", (1, 1))
     show_progress("")
 
 
@@ -184,7 +166,7 @@ def encode(conversations, tokenizer):
         for i, text in enumerate(texts):
             end = tokenizer.eos_id if i % 2 else tokenizer.bos_id  # bos: the assistant's turn
             ids += [*tokenizer.encode(text), end]
-    return np.array(ids, dtype=np.uint16)
+    return np.array(ids, dtype=np.uint32)
 
 
 @one_line_errors
@@ -196,38 +178,49 @@ def main(argv=None):
         assert out != Path("data/flickr8k"), (
             "your own images need a folder of their own, such as --out_dir=data/mine"
         )
-        table, folder, named = read_folder(Path(source))
+        splits, folder = read_folder(Path(source))
     else:
-        table, folder = read_flickr8k(out)
-        named = {}
-    names = table["names"]
+        splits, folder = read_flickr8k(out)
+    samples = sum(splits.values(), [])
+    names = list(dict.fromkeys(name for sample in samples for name in sample["images"]))
     tiles = [max_tiles] * (max_tiles > 1)
     shape = (len(names), *tiles, 3, size, size)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     layouts = []
+    broken = {}
     with new_file(out / "images.npy") as partial, open(partial, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for photo in open_photos(names, folder, named):  # one by one: all may not fit into memory
+        for photo in open_photos(names, folder, broken):  # one by one: all may not fit into memory
             images = to_images([photo], size, max_tiles)
             if tiles:
                 layouts += images.layouts.tolist()
                 images = images.pixels
             file.write(images.numpy())
     if tiles:
-        save_array(out / "layouts.npy", layouts)
+        save_array(out / "layouts.npy", np.array(layouts, dtype=np.int64))
+    for problem in broken.values():
+        assert source, problem  # Flickr8k itself is whole
+        print(f"left out: {problem}")
+    index = {name: i for i, name in enumerate(names)}
+    for split, samples in splits.items():
+        splits[split] = [
+            sample | {"images": [index[name] for name in sample["images"]]}
+            for sample in samples
+            if not broken.keys() & sample["images"]
+        ]
 
-    groups = groups_of(table)
-    texts = [text for group in groups["train"] for sample in group for text in texts_of(sample)]
+    texts = [text for sample in splits["train"] for text in texts_of(sample)]
     tokenizer = BPETokenizer.train(texts, vocab_size)
     for split in SPLITS:
-        conversations = [texts_of(sample) for group in groups[split] for sample in group]
+        conversations = [texts_of(sample) for sample in splits[split]]
+        assert conversations, f"no image of {split} can be read"
         random.Random(0).shuffle(conversations)  # captions of a photo are apart in the stream
         ids = encode(conversations, tokenizer)
         save_array(out / f"{split}.npy", ids)
         n = len(conversations)
         print(f"{out}: {split}, {n:,} texts of {len(ids) / n:.1f} tokens on average")
     save_json(out / "tokenizer.json", tokenizer.state())
-    save_json(out / "captions.json", table)
+    save_json(out / "samples.json", {"names": names, "splits": splits})
     print(f"{out}: images.npy {shape}, {tokenizer.vocab_size} token ids")
 
 

@@ -8,6 +8,7 @@ id per character, split 90/10 as in nanoGPT.
 import numpy as np
 
 import config
+from config import read_text
 from config.tools.data import download, save_array, save_json
 from config.tools.run import one_line_errors
 from model import CharTokenizer
@@ -24,7 +25,8 @@ MD5 = "6fb458f1232090904fb40fe944165e91"
 @one_line_errors
 def main(argv=None):
     config.override(globals(), argv)
-    text = download(f"{out_dir}/input.txt", URLS, MD5).read_text(encoding="utf-8")
+    text = read_text(download(f"{out_dir}/input.txt", URLS, MD5)).replace("\r\n", "\n")
+    assert len(text) >= 20, f"{out_dir}/input.txt has only {len(text)} characters"
     tokenizer = CharTokenizer(text)
     ids = np.array(tokenizer.encode(text), dtype=np.uint16)
     n_train = len(ids) * 9 // 10  # validation is the last tenth, so that no scene is in both

@@ -99,20 +99,8 @@ class Reward:
     no such limit.
     """
 
-    def __init__(
-        self,
-        references,
-        cider_weight,
-        bleu_weight=0.0,
-        exact_weight=0.0,
-        max_surprise=0.0,
-        judge=None,
-    ):
+    def __init__(self, references, judge=None):
         self.references = [[words_of(ref) + [END] for ref in refs] for refs in references]
-        self.cider_weight = cider_weight
-        self.bleu_weight = bleu_weight
-        self.exact_weight = exact_weight
-        self.max_surprise = max_surprise
         self.judge = judge
         self.cider = CiderD(self.references)
 
@@ -120,16 +108,15 @@ class Reward:
         """Return the (n,) scores of n captions. ended: whether the model ended each; rows: whose
         references apply."""
         words = [words_of(text) + [END] * end for text, end in zip(texts, ended, strict=True)]
-        rewards = self.cider_weight * torch.tensor(self.cider.scores(words, rows))
+        rewards = cider_weight * torch.tensor(self.cider.scores(words, rows))
         for i, row in enumerate(rows):
             references = self.references[row]
-            if self.bleu_weight:
-                bleu4 = bleu_of_words([words[i]], [references], smooth=1)[3]
-                rewards[i] += self.bleu_weight * bleu4
-            if self.exact_weight and words[i] in references:
-                rewards[i] += self.exact_weight
+            if bleu_weight:
+                rewards[i] += bleu_weight * bleu_of_words([words[i]], [references], smooth=1)[3]
+            if exact_weight and words[i] in references:
+                rewards[i] += exact_weight
         if self.judge:  # a caption that does not end is surprising where it should go on
-            rewards[(self.judge.nats(texts) > self.max_surprise).any(dim=1)] = 0.0
+            rewards[(self.judge.nats(texts) > max_surprise).any(dim=1)] = 0.0
         return rewards.float()
 
 
@@ -162,22 +149,6 @@ class Rollout(NamedTuple):
     mask: torch.Tensor  # (b * K, T), True where a sampled token counts
     rewards: torch.Tensor  # (b, K)
     advantages: torch.Tensor  # (b * K,)
-
-
-def get_batch(prompts, step):
-    """Return the indices of the prompts of a step, sampled without replacement within an epoch:
-    shuffled, then sorted by length, so that most prompts of a batch are equally long and can be
-    answered together."""
-    n = min(batch_size, len(prompts))
-    n_batches = len(prompts) // n
-    epoch, position = divmod(step, n_batches)
-    draw = run.shared_generator(seed, epoch)
-    order = torch.randperm(len(prompts), generator=draw)[: n_batches * n]
-    lengths = torch.tensor(
-        [len(prompt["ids"]) + 1_000_000 * len(prompt["images"]) for prompt in prompts]
-    )
-    batches = order[lengths[order].argsort(stable=True)].split(n)
-    return batches[torch.randperm(n_batches, generator=draw)[position]]
 
 
 @torch.no_grad()
@@ -253,20 +224,14 @@ def main(argv=None):
     dev = run.device_of(model)
     print(f"starting from {sft_path} ({sft['settings']['dataset']}), step {sft['step']}")
     prompts = mllm.prompts_of(data, "train")
-    run.check_batch(min(batch_size, len(prompts)), accumulation)
+    n_rows = min(batch_size, len(prompts))  # of a batch
+    run.check_batch(n_rows, accumulation)
     judge = None
     if max_surprise:
         gpt_ckpt = sft["settings"]["gpt_ckpt"]
         assert gpt_ckpt, "max_surprise needs a captioner that started from a GPT of stage 2"
         judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev)
-    reward = Reward(
-        [prompt["references"] for prompt in prompts],
-        cider_weight,
-        bleu_weight,
-        exact_weight,
-        max_surprise,
-        judge,
-    )
+    reward = Reward([prompt["references"] for prompt in prompts], judge)
     augmentation = {"size": sft["settings"]["train_size"]}
     augmentation |= {name: sft["settings"][name] for name in ("crop", "jitter", "mirror")}
     metric = "right" if exact_weight else "cider"  # chooses the best checkpoint
@@ -310,7 +275,7 @@ def main(argv=None):
         if step == max_steps:
             break
 
-        rows = run.my_share(get_batch(prompts, step))
+        rows = run.my_share(run.epoch_rows(len(prompts), n_rows, step, seed))
         run.seed_step(seed, step)  # of augmentation and samples
         rollouts = []
         for part in rows.chunk(accumulation):
@@ -330,6 +295,11 @@ def main(argv=None):
         losses.append(update(model, optimizers, loss, factor, grad_clip))
         mean_rewards.append(run.sum_over_processes(rewards.mean().item(), dev) / run.n_processes())
         step += 1
+        if step == 20 and not any(mean_rewards):
+            print(
+                "no sample has earned a reward so far, and nothing is learnt: is sft.pt too little "
+                "trained, or is the reward out of reach (exact_weight, max_surprise)?"
+            )
         run.show_step(step, max_steps, losses)
 
     if not run.is_main():
@@ -337,10 +307,8 @@ def main(argv=None):
     plot(out, left=("reward",), right=(f"val_{metric}",), ylabel="reward")
     test_prompts = mllm.prompts_of(data, "test")
     captions = []
-    for when, weights in (
-        ("before", before),
-        ("after", run.load(out / "scst.pt", "scst")["model"]),
-    ):
+    after = run.load(out / "scst.pt", "scst")
+    for when, weights in (("before", before), ("after", after["model"])):
         model.load_state_dict(weights)
         scores, texts = mllm.evaluate_all(model, data, "test", beams, length_penalty)
         captions.append(texts)
@@ -348,6 +316,8 @@ def main(argv=None):
         run.log(out, row, [name for name in row if "," not in name and name != "step"])
     titles = [f"before: {b}\nafter: {a}" for b, a in zip(*captions)]
     draw_answers(out / "before_after.png", data, test_prompts, titles)
+    if after["step"] == 0:
+        print("no evaluation was as good as the first: scst.pt holds the weights of sft.pt")
     print(
         f"best validation {metric} {best:.2f} after {seconds / 60:.1f} minutes of training; "
         f"wrote {out}/loss.png, before_after.png, scst.pt"

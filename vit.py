@@ -208,22 +208,28 @@ def draw_predictions(model, data, rows, path):
 
 
 def load_captioned():
-    """Return {images (n, 3, image_size, image_size) uint8; captions: n lists; words: see
-    word_shares(); tokenizer; splits: {train, val, test: indices}; about: what using the model needs
-    to know}."""
-    images, table, tokenizer = load_photos(dataset, image_size)
-    assert torch.is_tensor(images) and "captions" in table, (
-        f"data/{dataset} holds tiles or conversations; CLIP learns from photos and captions"
-    )
-    splits = {split: torch.tensor(rows) for split, rows in table["splits"].items()}
+    """Return {images (n, 3, image_size, image_size) uint8; splits: {train, val, test: the photos, a
+    list of (index, captions)}; words: of the training photos, see word_shares(); tokenizer; about:
+    what using the model needs to know}."""
+    images, groups, tokenizer = load_photos(dataset, image_size)
+    assert torch.is_tensor(images), f"data/{dataset} holds tiles, not whole photos"
+    splits = {split: [captions_of(group) for group in rows] for split, rows in groups.items()}
     return {
         "images": images,
-        "captions": table["captions"],
-        "words": word_shares([table["captions"][i] for i in table["splits"]["train"]], tokenizer),
-        "tokenizer": tokenizer,
         "splits": splits,
+        "words": word_shares([captions for _, captions in splits["train"]], tokenizer),
+        "tokenizer": tokenizer,
         "about": {"image_size": image_size, "tokenizer": tokenizer.state()},
     }
+
+
+def captions_of(group):
+    """Return the index of a photo and its captions, of the samples about it."""
+    conversations = [sample["messages"] for sample in group]
+    assert all(messages[0]["content"] == "<image>" for messages in conversations), (
+        f"data/{dataset} holds questions; CLIP learns from captions"
+    )
+    return group[0]["images"][0], [messages[1]["content"] for messages in conversations]
 
 
 def new_clip(data):
@@ -232,7 +238,7 @@ def new_clip(data):
     vit = dataclasses.replace(vit, n_classes=0, dropout=dropout, patch_dropout=patch_dropout)
     model = CLIP(CLIPConfig(vit, data["tokenizer"].vocab_size, max_tokens, dropout=dropout))
     if checkpoint:
-        load_weights(model.vit, checkpoint)
+        load_weights(model.vit, checkpoint, "pixel_")
         print(f"ViT of {vit_ckpt}")
     return model
 
@@ -242,12 +248,12 @@ def learn_matching(model, data, rows, step):
     Return the loss. Both are this process's share."""
     size = size_at(step)
     draw = run.shared_generator(seed, step)
-    photos = data["splits"]["train"][rows].tolist()
-    choices = [torch.randint(len(data["captions"][i]), (), generator=draw).item() for i in photos]
-    captions = run.my_share([data["captions"][i][k] for i, k in zip(photos, choices)])
-    photos = run.my_share(photos)
+    pairs = []
+    for photo, captions in [data["splits"]["train"][row] for row in rows.tolist()]:
+        pairs.append((photo, captions[torch.randint(len(captions), (), generator=draw)]))
+    photos, captions = zip(*run.my_share(pairs))
     dev = run.device_of(model)
-    images = data["images"][photos].to(dev)
+    images = data["images"][list(photos)].to(dev)
     images = augment_photos(images, [[caption] for caption in captions], crop, jitter, mirror, size)
     images = resize(images, size)
     ids = pad_texts(captions, data["tokenizer"], max_tokens).to(dev)
@@ -298,11 +304,10 @@ def embed(model, images, captions, tokenizer):
 
 def evaluate_matching(model, data, split):
     """Return {split: loss, split_recall: the mean of text10 and photo10, and all of recalls()}."""
-    photos = data["splits"][split]
-    captions = [data["captions"][i] for i in photos.tolist()]
+    photos, captions = zip(*data["splits"][split])
     owner = torch.tensor([i for i, photo_captions in enumerate(captions) for _ in photo_captions])
-    texts = sum(captions, [])
-    images, texts = embed(model, data["images"][photos], texts, data["tokenizer"])
+    texts = [caption for photo_captions in captions for caption in photo_captions]
+    images, texts = embed(model, data["images"][list(photos)], texts, data["tokenizer"])
     scores = {f"{split}_{name}": value for name, value in recalls(images @ texts.T, owner).items()}
     first = torch.searchsorted(owner, torch.arange(len(photos)))  # the first caption of each photo
     pairs = zip(images.split(batch_size), texts[first].split(batch_size))
@@ -398,6 +403,7 @@ def main(argv=None):
     on_photos = task == "clip" and dataset != "cifar10"
     data = load_captioned() if on_photos else load_cifar(dev)
     if eval_only:
+        assert eval_split in data["splits"], f"eval_split={eval_split}: train, val or test"
         scores = evaluate(model, data, eval_split)
         print(
             f"{out}/best.pt: " + " | ".join(f"{name} {value:.4g}" for name, value in scores.items())

@@ -10,13 +10,23 @@ import sys
 from pathlib import Path
 
 
+def read_text(path):
+    """Return the text of a file in UTF-8, without a byte order mark."""
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        raise AssertionError(f"{path}, line {line}: not UTF-8 ({e.reason})")
+
+
 def read_settings(path, is_recipe=False):
     """Return {name: (value, comment)} of the assignments of literals at the top level of a Python
     file.
 
     Settings are lower-case names. In a recipe everything else but a docstring is an error.
     """
-    source = Path(path).read_text(encoding="utf-8")
+    source = read_text(path)
     try:
         body = ast.parse(source).body
     except SyntaxError as e:

@@ -4,6 +4,7 @@ model looks; and report answers by kind of question. `encode` is mllm.encode(mes
 n_placeholders).
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -102,7 +103,8 @@ def answer_files(model, checkpoint, settings, encode):
             texts = [tokenizer.decode(row) for row in answers.tolist()]
             if photos and texts[0] and i < 4 and getattr(model.connector, "has_places", True):
                 words, places = words_and_places(model, tokenizer, tokens, prompt, texts[0])
-                path = out / f"places_{i + 1}_{Path(name.split(',')[0]).stem[:50]}.png"
+                stem = re.sub(r"[^\w.-]", "_", Path(name.split(",")[0]).stem)  # for Windows
+                path = out / f"places_{i + 1}_{stem[:50]}.png"
                 shown = thumbnails if torch.is_tensor(images) else images.pixels.flatten(0, 1)
                 draw_places(path, shown, words, places.cpu())
         lines = [f"{text}  (log p {value:.1f})" for text, value in zip(texts, log_p.tolist())]

@@ -17,7 +17,9 @@ import posixpath
 import random
 import re
 import unicodedata
+from itertools import chain, repeat
 
+from config import read_text
 from config.tools.run import fail
 
 ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}  # ours: the files'
@@ -26,15 +28,10 @@ FILE = re.compile(r"\.\w{3,4}\b")  # a name with an ending, under a key that is 
 
 
 def numbered_lines(file):
-    """Yield ("<file>, line <n>", text) for each line of a file in UTF-8 that is not empty."""
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        where = f"{file}, line {number}"
-        try:
-            text = line.decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            fail(f"{where}: not UTF-8 ({e})")
+    """Yield ("<file>, line <n>", text) for each line of a file that is not empty."""
+    for number, text in enumerate(read_text(file).split("\n"), 1):
         if text.strip():
-            yield where, text
+            yield f"{file}, line {number}", text
 
 
 def find_image(folder, text, where):
@@ -136,49 +133,32 @@ def read_sample(value, where):
 
 def drop_surplus(sample):
     """Remove the last <image> of a sample until there are as many as images. Return how many."""
-    n_surplus = str(sample["messages"]).count("<image>") - len(sample["images"])
-    n_left = n_surplus
-    for message in reversed(sample["messages"]):
-        while n_left and "<image>" in message["content"]:
-            message["content"] = "".join(message["content"].rsplit("<image>", 1))
-            n_left -= 1
+    n_images = len(sample["images"])
+    n_surplus = str(sample["messages"]).count("<image>") - n_images
+    markers = chain(["<image>"] * n_images, repeat(""))
+    for message in sample["messages"]:
+        message["content"] = re.sub("<image>", lambda _: next(markers), message["content"])
     return n_surplus
 
 
 def read_conversations(files, folder):
-    """Return the samples of files about images in a folder, and where each image is named.
-
-    The latter is {image: "<file>, line <n>"}, the first of its lines. A bad line ends the program.
-    """
+    """Return the samples of files about images in a folder. A bad line ends the program."""
     samples = []
-    named = {}
     n_surplus = 0
     for file in files:
         for where, value in read_values(file):
             sample = read_sample(value, where)
             sample["images"] = [find_image(folder, name, where) for name in sample["images"]]
-            for name in sample["images"]:
-                named.setdefault(name, where)
             n_surplus += drop_surplus(sample)
             samples.append(sample)
     if n_surplus:
         print(f"dropped {n_surplus} times <image>, the last of samples that name fewer images")
-    return samples, named
-
-
-def split_randomly(items, what):
-    """Shuffle a list with a fixed seed; return {"train": 80%, "val": 10%, "test": 10%} of it."""
-    random.Random(0).shuffle(items)
-    n = len(items) // 10
-    assert n >= 2, f"{len(items)} {what} are too few to split; at least 20 are needed"
-    return {"train": items[2 * n :], "val": items[:n], "test": items[n : 2 * n]}
+    return samples
 
 
 def split_by_image(samples):
-    """Return {"train": [...], "val": [...], "test": [...]} of the samples, split at random.
-
-    Samples that share an image, directly or through other samples, are in the same split.
-    """
+    """Return 80% of the samples as "train", 10% as "val" and 10% as "test", chosen with a fixed
+    seed. Samples that share an image, directly or through other samples, are in the same split."""
     parent = {}  # trees of what belongs together: indices of samples, and names of images
 
     def root(node):
@@ -192,7 +172,12 @@ def split_by_image(samples):
     groups = {}
     for i, sample in enumerate(samples):
         groups.setdefault(root(i), []).append(sample)
-    splits = split_randomly(list(groups.values()), "groups of samples without a common image")
-    return {
-        split: [sample for group in groups for sample in group] for split, groups in splits.items()
-    }
+    groups = list(groups.values())
+    random.Random(0).shuffle(groups)
+    n = len(groups) // 10
+    assert n >= 2, (
+        f"{len(groups)} images, or groups of samples that share images, are too few to split; at "
+        f"least 20 are needed"
+    )
+    splits = {"train": groups[2 * n :], "val": groups[:n], "test": groups[n : 2 * n]}
+    return {split: sum(groups, []) for split, groups in splits.items()}

@@ -280,17 +280,20 @@ def hide_words(ids, tokenizer, share):
 # downloads ----------------------------------------------------------------------------------------
 
 
-def md5_of(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
+def checksum(path, algorithm):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def fetch(url, partial):
-    """Append to the file partial what it lacks of url."""
+    """Append to the file partial what it lacks of url. Return the checksum of the whole that the
+    Hugging Face hub sends when it redirects, of large files a SHA-256; or ""."""
     size = partial.stat().st_size if partial.is_file() else 0
     headers = {"Range": f"bytes={size}-", "Accept-Encoding": "identity"}
     with requests.get(url, headers=headers, stream=True, timeout=20) as reply:
+        etag = "".join(r.headers.get("X-Linked-Etag", "") for r in reply.history).strip('"')
         if reply.status_code == 416:  # range not satisfiable: nothing is missing
-            return
+            return etag
         reply.raise_for_status()
         if reply.status_code != 206:  # the server sends the whole file, not the part asked for
             size = 0
@@ -300,30 +303,32 @@ def fetch(url, partial):
                 file.write(chunk)
                 show_progress(f"{partial.stem}: {file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
     show_progress("")
+    return etag
 
 
 def download(path, urls, md5=None):
     """Return path, after downloading it from one of urls if there is no such file yet.
 
     The urls are tried in turn, four times; a new attempt continues where the last one ended.
-    md5: the official checksum. A download must match it; a file that is already there need not.
+    md5: the official checksum. A download must match it, or that of the hub; a file that is already
+        there need not.
     """
     path = Path(path)
     if path.is_file():
-        if md5 and md5_of(path) != md5:
+        if md5 and checksum(path, "md5") != md5:
             print(f"note: {path} is not the official file (its md5 differs); using it as it is")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
     for url in urls * 4:
         try:
-            fetch(url, partial)
+            etag = fetch(url, partial)
         except requests.RequestException as e:
             problem = e
             time.sleep(1)
             continue
-        if md5:
-            is_whole = md5_of(partial) == md5
+        if md5 or len(etag) == 64:
+            is_whole = checksum(partial, "md5" if md5 else "sha256") == (md5 or etag)
         else:
             is_whole = path.suffix != ".zip" or zipfile.is_zipfile(partial)
         if is_whole:
@@ -376,7 +381,8 @@ def load_photos(dataset, image_size):
     """Return what prepare_flickr8k.py has packed into data/<dataset>.
 
     images: a uint8 tensor (n, 3, image_size, image_size), or TiledImages
-    table: {"names": [...]} with "captions" and "splits", or with "samples"
+    groups: {split: groups of samples about the same images}. A sample is {"images": [indices],
+        "messages": [...]}, see mllm.py.
     tokenizer
     """
     folder = f"data/{dataset}"
@@ -386,35 +392,14 @@ def load_photos(dataset, image_size):
         prepare += f" --max_tiles={pixels.size(1)}"
         layouts = torch.from_numpy(load_data(f"{folder}/layouts.npy", prepare))
         images = TiledImages(pixels, layouts)
-    table = load_data(f"{folder}/captions.json", prepare)
+    splits = load_data(f"{folder}/samples.json", prepare)["splits"]
     tokenizer = tokenizer_from_state(load_data(f"{folder}/tokenizer.json", prepare))
     assert pixels.size(-1) == image_size, (
         f"{folder} holds images of {pixels.size(-1)} pixels, and image_size is {image_size}; "
         f"run {prepare} --size={image_size}"
     )
-    return images, table, tokenizer
-
-
-def load_groups(dataset, image_size):
-    """Return the images of load_photos(), the groups of samples of each split, and the tokenizer.
-
-    A sample is {"images": [indices], "messages": [...]}, see mllm.py; samples about the same images
-    are a group.
-    """
-    images, table, tokenizer = load_photos(dataset, image_size)
-    return images, groups_of(table), tokenizer
-
-
-def groups_of(table):
-    """Return {split: groups of samples} of a captions.json."""
-    groups = {}
-    if "samples" in table:
-        for split, samples in table["samples"].items():
-            groups[split] = group_by_images(samples)
-    else:
-        for split, rows in table["splits"].items():
-            groups[split] = [caption_samples(i, table["captions"][i]) for i in rows]
-    return groups
+    groups = {split: group_by_images(samples) for split, samples in splits.items()}
+    return images, groups, tokenizer
 
 
 def texts_of(sample):
@@ -423,7 +408,8 @@ def texts_of(sample):
 
 
 def caption_samples(i, captions):
-    """Return the group of samples in which the assistant describes image i without a question."""
+    """Return the samples in which the assistant describes image i, an index or a name, without a
+    question."""
     ask = {"role": "user", "content": "<image>"}
     return [
         {"images": [i], "messages": [ask, {"role": "assistant", "content": caption}]}

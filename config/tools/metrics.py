@@ -23,12 +23,6 @@ WORD = re.compile(
 """,
     re.VERBOSE,
 )
-UNFINISHED = set(
-    """
-    a an the in on of with and or at by for from to into onto over under near through while as is
-    are its his her their another two
-""".split()
-)  # a caption that ends with one of these was cut off
 
 
 def words_of(text):
@@ -168,21 +162,12 @@ def cider(candidates, references):
     return fmean(scores), scores
 
 
-def ends_badly(words, ended):
-    """Return whether a caption has no end token (not ended), no words, or no proper last word."""
-    return not ended or not words or words[-1] in UNFINISHED
-
-
-def caption_scores(captions, ended, references):
-    """Return {name: value} of what an evaluation reports about captions.
-
-    captions: n str. ended: n bool, true where the model wrote an end token. references: n lists of
-    str.
+def caption_scores(captions, references):
+    """Return {name: value} of what an evaluation reports about n str and n lists of str.
 
     cider, bleu1 to bleu4: times 100, as papers print them.
     shuffled: CIDEr against the references of other images, the mean of five fixed shifts; as high
         as cider if the model ignores the images.
-    length: words per caption. broken: per cent that ends badly.
     cider_others: CIDEr against all references but the first, which is how people's own captions
         are scored; only where every image has at least two references.
     """
@@ -193,11 +178,7 @@ def caption_scores(captions, ended, references):
     scores = {"cider": shifted[0]}
     for order, value in enumerate(bleu_of_words(words, references), 1):
         scores[f"bleu{order}"] = 100 * value
-    scores |= {
-        "shuffled": fmean(shifted[1:] or [0.0]),
-        "length": fmean(map(len, words)),
-        "broken": 100 * fmean(map(ends_badly, words, ended)),
-    }
+    scores["shuffled"] = fmean(shifted[1:] or [0.0])
     others = [refs[1:] for refs in references]
     if all(others):
         scores["cider_others"] = 100 * fmean(CiderD(others).scores(words, range(n)))

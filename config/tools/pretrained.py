@@ -1,12 +1,12 @@
 """Pretrained weights in the layout of the Hugging Face hub: GPT-2 and the vision tower of CLIP.
 
-They are a file, a folder with model.safetensors or pytorch_model.bin, or a name on the hub, which
-is downloaded once into data/pretrained/. GPT-2's vocab.json and merges.txt are in the same folder.
+They are a folder, or a name on the hub, which is downloaded once into data/pretrained/. A folder
+holds config.json; model.safetensors or pytorch_model.bin, in one file or in shards with an index;
+and, of GPT-2, vocab.json and merges.txt.
 """
 
 import json
 import math
-import os
 import re
 import sys
 import unicodedata
@@ -16,19 +16,34 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from config import read_text
+from config.tools.conversations import parse
 from config.tools.data import download
 from config.tools.run import fail, load, n_processes
 from model import ACTIVATIONS, TOKENIZERS, VITS, BPETokenizer, LayerNorm, ViT
 
-GPT2_FILES = ("vocab.json", "merges.txt", "model.safetensors")
-CLIP_FILES = ("pytorch_model.bin",)
+GPT2_FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
+CLIP_FILES = ("config.json", "pytorch_model.bin")
 HUB = {
     "gpt2": GPT2_FILES,
     "openai-community/gpt2": GPT2_FILES,
     "gpt2-medium": GPT2_FILES,
+    "distilgpt2": GPT2_FILES,
     "openai/clip-vit-base-patch16": CLIP_FILES,
     "openai/clip-vit-base-patch32": CLIP_FILES,
     "openai/clip-vit-large-patch14": CLIP_FILES,
+}
+WEIGHTS = (  # an index names the shards in which the weights are
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+UNREADABLE = {  # what a file may be that is not read, by how it begins
+    b"version https://git-lfs": "a Git LFS pointer, which git lfs pull replaces by the file",
+    b"<": "a web page",
+    b"PK": "damaged, or TorchScript or pickled objects, which could run code",
+    b"": "damaged, or no weights at all",
 }
 DTYPES = {
     "F32": torch.float32,
@@ -56,6 +71,14 @@ CLIP_LAYERS = {
     "ff.up": "mlp.fc1",
     "ff.proj": "mlp.fc2",
 }
+GPT2_CONFIG = {  # what config.json must say if it says anything
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+CLIP_CONFIG = {"model_type": "clip_vision_model", "layer_norm_eps": 1e-5}
 CLIP_MEAN = (122.7709383, 116.7460125, 104.09373615)  # of pixels from 0 to 255
 CLIP_STD = (68.5005327, 66.6321579, 70.32316305)
 
@@ -113,8 +136,8 @@ def gpt2_tokenizer(where):
     have the first ids.
     """
     folder = weights_file(where).parent
-    ids = json.loads((folder / "vocab.json").read_bytes())
-    lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+    ids = read_json(folder / "vocab.json")
+    lines = read_text(folder / "merges.txt").split("\n")
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     for i, (left, right) in enumerate(pairs):
         assert ids.get(left + right) == 256 + i, (
@@ -126,13 +149,9 @@ def gpt2_tokenizer(where):
 # files --------------------------------------------------------------------------------------------
 
 
-def is_pretrained(where):
-    """Return whether where is in the hub's layout, and not a checkpoint of this project."""
-    return where in HUB or os.path.isdir(where) or where.endswith((".safetensors", ".bin"))
-
-
 def weights_file(where):
-    """Return the path of the weights, after downloading them if where is a name on the hub."""
+    """Return the path of the weights, or of the index of their shards, after downloading them if
+    where is a name on the hub."""
     path = Path(where)
     if where in HUB and not path.exists():
         path = Path("data/pretrained", where)
@@ -141,14 +160,33 @@ def weights_file(where):
                 f"{where} is not downloaded yet: start one process first, without torchrun"
             )
             download(path / name, [f"https://huggingface.co/{where}/resolve/main/{name}"])
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHTS:
         if (path / name).is_file():
             return path / name
     assert path.is_file(), (
-        f"no weights at {path}; name a file, a folder with model.safetensors or pytorch_model.bin, "
-        f"or one of {', '.join(HUB)}"
+        f"no weights at {path}; name a checkpoint (*.pt), a folder with model.safetensors or "
+        f"pytorch_model.bin, or one of {', '.join(HUB)}"
     )
     return path
+
+
+def read_json(path):
+    return parse(read_text(path), path)
+
+
+def read_config(folder, supported):
+    """Return what the config.json of GPT-2, or of the vision tower of CLIP, says.
+
+    supported: {name: value} of what would change the model if it had another value.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    config = config.get("vision_config", config)
+    for name, value in supported.items():
+        assert config.get(name) in (None, value), (
+            f"{path}: {name}={config[name]!r} is not supported, only {value!r}"
+        )
+    return config
 
 
 def read_safetensors(path):
@@ -159,7 +197,6 @@ def read_safetensors(path):
     """
     data = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: torch wants it writable
     start = 8 + int.from_bytes(data[:8], "little")
-    assert start <= len(data), "the file ends before its header does"
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
     body = data[start:]
@@ -167,27 +204,31 @@ def read_safetensors(path):
     for name, entry in header.items():
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
-        assert end <= len(body), (
-            f"{name} of shape {shape} is not bytes {begin} to {end} of {len(body)}"
-        )
         tensors[name] = torch.from_numpy(body[begin:end]).view(DTYPES[entry["dtype"]]).view(shape)
     return tensors
 
 
 def read_weights(path):
-    """Return {name: tensor} of a *.safetensors file or a torch state dict.
+    """Return {name: tensor} of a *.safetensors file, a torch state dict, or the index of several.
 
     Nothing but tensors is unpickled, so a file cannot run code.
     """
+    if path.suffix == ".json":
+        weights = {}
+        for shard in set(read_json(path).get("weight_map", {}).values()):
+            weights |= read_weights(path.parent / shard)
+        return weights
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        assert all(map(torch.is_tensor, weights.values())), "it is not a state dict"
+        assert all(map(torch.is_tensor, weights.values()))
         return weights
-    except Exception as e:  # of many types, depending on what the file is
-        first_line = str(e).split("\n")[0]
-        fail(f"{path} cannot be read as weights: {first_line}")
+    except Exception:  # of many types; torch's message advises to run the code in the file
+        with open(path, "rb") as file:
+            head = file.read(30)
+        kind = next(kind for beginning, kind in UNREADABLE.items() if head.startswith(beginning))
+        fail(f"{path} cannot be read as weights: it is {kind}")
 
 
 # weights ------------------------------------------------------------------------------------------
@@ -203,8 +244,11 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS["gelu_tanh"] = gelu_tanh
-ACTIVATIONS["quick_gelu"] = quick_gelu
+ACTIVATIONS |= {  # by the hub's names
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+}
 
 
 def weight_and_bias(new, old):
@@ -233,10 +277,10 @@ def take(path, prefix, names, layers, blocks, old_blocks):
 def load_gpt2(where):
     """Return GPT-2 as a checkpoint of gpt.py: config, model, tokenizer.
 
-    The embeddings of our three special ids are new: the mean of all others, and noise. Heads have
-    64 channels, as in all of OpenAI's models.
+    The embeddings of our three special ids are new: the mean of all others, and noise.
     """
     path = weights_file(where)
+    hub_config = read_config(path.parent, GPT2_CONFIG)
     tokenizer = gpt2_tokenizer(where)
     names = {"embedding.weight": "wte.weight", "position.positions": "wpe.weight"}
     names |= weight_and_bias("decoder.norm", "ln_f")
@@ -255,9 +299,9 @@ def load_gpt2(where):
         "vocab_size": tokenizer.vocab_size,
         "block_size": len(model["position.positions"]),
         "n_layer": n_layer,
-        "n_head": n_embd // 64,
+        "n_head": hub_config.get("n_head", 12),
         "n_embd": n_embd,
-        "activation": "gelu_tanh",
+        "activation": hub_config.get("activation_function", "gelu_new"),
         "norm": "layer",
         "positions": "learned",
         "bias": True,
@@ -272,6 +316,7 @@ def load_clip_vit(where):
     alone.
     """
     path = weights_file(where)
+    hub_config = read_config(path.parent, CLIP_CONFIG)
     names = {
         "patches.linear.weight": "embeddings.patch_embedding.weight",
         "class_token": "embeddings.class_embedding",
@@ -282,9 +327,6 @@ def load_clip_vit(where):
         path, "vision_model.", names, CLIP_LAYERS, "encoder.blocks", "encoder.layers"
     )
     n_embd, _, patch_size, _ = model["patches.linear.weight"].shape
-    assert n_embd % 64 == 0 and n_embd <= 1024, (  # OpenCLIP's ViT-H has other heads and plain GELU
-        f"{path} has {n_embd} channels: it is neither OpenAI's CLIP ViT-B nor L"
-    )
     for i in range(n_layer):
         for kind in ("weight", "bias"):
             qkv = [model.pop(f"encoder.blocks.{i}.attn.{part}.{kind}") for part in "qkv"]
@@ -293,15 +335,13 @@ def load_clip_vit(where):
     model["class_token"] = (model["class_token"] + positions[0]).view(1, 1, -1)
     model["position.positions"] = positions[1:]
     model["patches.linear.bias"] = torch.zeros(n_embd)
-    model["pixel_mean"] = torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)
-    model["pixel_std"] = torch.tensor(CLIP_STD).view(1, 3, 1, 1)
     config = {
         "image_size": patch_size * math.isqrt(len(positions) - 1),
         "patch_size": patch_size,
         "n_layer": n_layer,
-        "n_head": n_embd // 64,
+        "n_head": hub_config.get("num_attention_heads", 12),
         "n_embd": n_embd,
-        "activation": "quick_gelu",
+        "activation": hub_config.get("hidden_act", "quick_gelu"),
         "stem": "patch",
         "kind": "clip",
         "pixel_mean": CLIP_MEAN,
@@ -334,7 +374,7 @@ def load_part(where, stage):
 
     stage: "vit" or "gpt". A part of CLIP or of a captioner is taken out of it.
     """
-    if is_pretrained(where):
+    if not where.endswith(".pt"):
         return load_clip_vit(where) if stage == "vit" else load_gpt2(where)
     checkpoint = load(where, stage, "mllm")
     if stage in checkpoint["config"]:

@@ -110,12 +110,11 @@ def pick_dtype(dtype, device):
     """Return torch.float32 or torch.bfloat16; for "auto" bfloat16 where the hardware has
     instructions for it."""
     assert dtype in ("auto", "float32", "bfloat16"), f"dtype={dtype}: auto, float32 or bfloat16"
+    has_bfloat16 = dtype == "bfloat16"
     if dtype == "auto" and device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif dtype == "auto" and device.type == "cpu":
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        has_bfloat16 = dtype == "bfloat16"
+    if dtype == "auto" and device.type == "cpu":
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()  # so have all CPUs with AMX
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
@@ -253,10 +252,10 @@ def load(path, *stages):
     )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage = checkpoint["stage"]
+        stage = checkpoint.get("stage", "another project")
     except Exception as e:  # of many types, depending on what the file is
         fail(f"{path} cannot be read as a checkpoint of this project ({type(e).__name__})")
-    assert stage in stages, f"{path} is a checkpoint of {stage}.py, not of {' or '.join(stages)}"
+    assert stage in stages, f"{path} is a checkpoint of {stage}, not of {' or '.join(stages)}"
     return checkpoint
 
 
@@ -304,8 +303,8 @@ def pace(losses, seconds):
 
 
 def log(out_dir, row, brief=()):
-    """Write a row, {"step": ..., name: value, ...}, to out_dir/log.csv, and print its columns named
-    in brief.
+    """Write a row, {"step": ..., name: value, ...}, to log.csv in out_dir, a Path, and print its
+    columns named in brief.
 
     Values of a step that is already in the log are added to its row; rows of later steps, which a
     run wrote before it was interrupted, are dropped.
@@ -313,7 +312,7 @@ def log(out_dir, row, brief=()):
     assert math.isfinite(row.get("train", 0.0)), (
         f"the training loss is {row['train']} before step {row['step']}"
     )
-    path = Path(out_dir) / "log.csv"
+    path = out_dir / "log.csv"
     rows = []
     if path.is_file():
         with open(path, newline="") as f:
