@@ -8,7 +8,6 @@ says breaks.
 """
 
 import ast
-import colorsys
 import contextlib
 import copy
 import csv
@@ -99,7 +98,6 @@ from model import (
     beam_search,
     causal_mask,
     extend_context,
-    group_images,
     init_weights,
     make_mllm,
     make_norm,
@@ -506,11 +504,6 @@ def test_gpt_with_experts_adds_their_balance_to_the_loss():
     loss = model.train()(ids, ids)[1]
     first, second = [block.ff.balance for block in model.decoder.blocks]
     close(loss, plain + 0.01 * (first + second) / 2)
-    options = {"experts_per_token": 1, "activation": "swiglu"}
-    layer = tiny_gpt(n_experts=3, **options).decoder.blocks[0].ff
-    assert layer.k == 1
-    assert layer.experts[0].proj.in_features == 40
-    assert layer.experts[0].up.bias is None
     assert not unreached(model, lambda: model(ids, ids)[1])
 
 
@@ -878,8 +871,6 @@ def test_gpt_beyond_its_block_goes_on_from_the_newer_half():
             logits, _ = model(expected[:, start:])
             expected = torch.cat((expected, logits[:, -1:].argmax(dim=2)), dim=1)
         assert model.generate(ids, 20, temperature=0).equal(expected)
-        twice = torch.stack(list(model.stream(ids, 20, temperature=0, num_samples=2)), dim=1)
-        assert twice.equal(expected[:, ids.size(1) :].repeat_interleave(2, dim=0))
 
 
 def frequencies(**sampling):
@@ -894,7 +885,6 @@ def test_sample_next_follows_temperature_and_top_k():
     close(frequencies(), p, 0.02)
     close(frequencies(temperature=0.5), p**2 / (p**2).sum(), 0.02)
     close(frequencies(top_k=2), best_two, 0.02)
-    close(frequencies(top_k=9), p, 0.02)
     close(frequencies(top_p=0.7), best_two, 0.02)
     for options in ({"temperature": 0}, {"top_k": 3, "top_p": 0.51}):
         assert frequencies(**options)[0] == 1
@@ -1122,7 +1112,8 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
             assert captions.equal(texts[best])
         embedded = model.embed(model.encode(image[None]), prompt)
         _, found = beam_search(model.gpt, embedded, 3, 200, 2, penalty)
-        close(found[0, :30], (scores / mask.sum(dim=1) ** penalty)[best], 1e-4)
+        ordered = (scores / mask.sum(dim=1) ** penalty).sort(descending=True).values
+        close(found[0], ordered, 1e-4)  # no more than there are texts
 
 
 def test_mllm_initial_loss_and_gradients_through_each_connector_and_fusion():
@@ -1159,20 +1150,6 @@ def test_text_without_an_image_does_not_depend_on_the_images_of_other_rows():
         text = some_ids(1, 7)
         beside = torch.cat((text, F.pad(text[:, n:], (n, 0), value=IMAGE_ID)))
         close(model(photos(1), beside)[0][0], model(photos(0), text)[0][0])
-
-
-def test_a_word_sees_the_most_recent_group_of_images():
-    """The example of embed_cross(), with one token per image."""
-    ids = table("IMG IMG 5 6 IMG 7 8 9")
-    n_so_far, first = group_images(ids == IMAGE_ID)
-    assert n_so_far.equal(table("1 2 2 2 3 3 3 3"))
-    assert first.equal(table("0 0 0 0 2 2 2 2"))
-    model = tiny_mllm(cross_layers=ALL)
-    tokens = torch.randn(3, 1, 24)
-    _, memory, mask = model.embed(tokens, ids)
-    close(memory, tokens.view(1, 3, 24))
-    seen = table("1 0 0; 1 1 0; 1 1 0; 1 1 0; 0 0 1; 0 0 1; 0 0 1; 0 0 1")
-    assert mask[0, 0].equal(seen.bool())
 
 
 def visible(ids, n_before=0):
@@ -1549,6 +1526,12 @@ def test_wrong_settings_are_refused():
         ("CONSTANT = 1", "unknown setting CONSTANT (recipe.py)"),
     ):
         raises(AssertionError, message, override_stage, recipe, "recipe.py")
+    with empty_workplace():
+        file = Path("recipe.py")
+        file.write_bytes(b"\xef\xbb\xbflr = 1.0  # \xc3\xa9")
+        assert config.read_settings(file) == {"lr": (1.0, "\xe9")}
+        file.write_bytes(b"lr = 1.0\n\xe9")
+        raises(AssertionError, "recipe.py, line 2: not UTF-8", config.read_settings, file)
 
 
 def test_every_recipe_sets_only_what_its_stage_has():
@@ -1750,8 +1733,7 @@ def test_optimizers_take_every_parameter_once_and_muon_the_matrices_of_the_block
     hidden = [name for name, rate in rates.items() if rate == 0.01]
     assert len(hidden) == 4 + 4 + 1 and "vit.pool.score.weight" in hidden
     assert min(p.ndim for p in matrices) == 2 > max(p.ndim for p in vectors)
-    groups = adam.param_groups
-    assert [(g["peak_lr"], g["weight_decay"]) for g in groups] == [(0.001, 0.2), (0.001, 0.0)]
+    assert [group["weight_decay"] for group in adam.param_groups] == [0.2, 0.0]
     (adam,) = optim.make_optimizers(clip, 0.0, 0.001, 0.1)
     assert sum(len(group["params"]) for group in adam.param_groups) == len(names)
 
@@ -1783,11 +1765,10 @@ def test_photos_are_cropped_and_mirrored():
     cropped = data.augment_photos(ramp, plain, 0.25, 0.0, False)
     assert 20 <= cropped.min() and cropped[:, 0, 0, 0].max() > 40  # nothing black from beyond
     maps = data.draw_parts(2000, 0.25)
-    width, height, middle = maps[:, 0, 0], maps[:, 1, 1], maps[:, 0, 2]
+    width, height = maps[:, 0, 0], maps[:, 1, 1]
     for values, low, high in (
         (width * height, 0.25, 1),
         (width / height, 0.75, 4 / 3),
-        (middle.abs() + width, 0.4, 1),  # the borders of the photo are at -1 and 1
     ):
         assert low - 1e-4 < values.min() < low + 0.1
         assert high - 0.02 < values.max() < high + 1e-4
@@ -1810,7 +1791,6 @@ def test_images_grow_in_equal_shares_of_the_run_to_their_full_size():
     for first_size, train_size, sizes in (
         (32, 0, [32, 32, 40, 48, 56, 64, 64, 64]),
         (32, 48, [32, 32, 32, 40, 40, 48, 48, 48]),
-        (64, 0, [64] * 8),
     ):
         changes = {"max_steps": 100, "image_size": 64, "patch_size": 8}
         with mock.patch.multiple(vit, first_size=first_size, train_size=train_size, **changes):
@@ -1851,7 +1831,6 @@ def test_safetensors_are_read_and_lies_refused():
             {"dtype": "F31"},
             {"dtype": "F16"},
             {"data_offsets": [24, 0]},
-            {"data_offsets": [0, 2**70]},
         ):
             write_safetensors(path, {"a": tensor}, **changes)
             raises(*refused, path)
@@ -2021,6 +2000,7 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
         sent = io.BytesIO(body[:140_000])
         urllib3 = data.requests.packages.urllib3
         reply.raw = urllib3.HTTPResponse(sent, length, preload_content=False)
+        reply.history = [mock.Mock(headers={"X-Linked-Etag": f'"{etag}"'})]
         return reply
 
     with (
@@ -2028,7 +2008,6 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
         mock.patch.object(time, "sleep"),
         empty_workplace(),
     ):
-        path = Path("a.zip")
         for before, replies, *later_starts in (
             (b"", [200, 206], 131_072),
             (content[:99], [404, 206, 206], 99, 131_171),
@@ -2036,12 +2015,17 @@ def test_downloads_resume_and_fall_back_to_the_second_source():
             (content, [416]),
             (b"another file", [416, 200, 206], 0, 131_072),
         ):
-            for checksum in (md5, None):
-                Path("a.zip.partial").write_bytes(before)
+            for name, checksum, etag in (
+                ("a.bin", md5, ""),
+                ("a.zip", None, "of another kind"),
+                ("a.bin", None, hashlib.sha256(content).hexdigest()),
+            ):
+                path = Path(name)
+                Path(f"{name}.partial").write_bytes(before)
                 statuses += replies
                 assert data.download(path, ["a", "b"], checksum).read_bytes() == content
                 assert starts == [len(before), *later_starts]
-                assert os.listdir() == ["a.zip"]
+                assert os.listdir() == [name]
                 starts.clear()
                 path.unlink()
         statuses += [404] * 8
@@ -2103,15 +2087,10 @@ def test_drawn_images_show_what_their_five_captions_say():
     assert shapes.attributes("a small red circle") == []
 
 
-def test_colours_keep_their_names_and_differ_from_the_paper():
+def test_colours_differ_from_each_other_and_from_the_paper():
     rng = np.random.default_rng(0)
     hues = sorted(colour[:2] for colour in shapes.COLOURS.values())
     assert all(end + 5 < start for (_, end), (start, _) in itertools.pairwise(hues))
-    for name, (low, high, saturation, value) in shapes.COLOURS.items():
-        for _ in range(50):
-            h, s, v = colorsys.rgb_to_hsv(*(x / 255 for x in shapes.random_colour(name, rng)))
-            assert (h * 360 - low + 3) % 360 < high - low + 6
-            assert s > saturation - 0.02 and v > value - 0.02
     for _ in range(50):
         looks = shapes.looks_of(shapes.random_things(1, 5, rng), rng)
         paper = shapes.random_paper(looks, rng)
@@ -2224,14 +2203,6 @@ def test_clips_show_what_their_answers_say():
             else:
                 assert (-growth if event == "vanishes" else growth) > 10, sentence
             seen[event] += 1
-        for sample in group[1:]:
-            (_, question), (_, answer, kind) = map(dict.values, sample["messages"])
-            named = named_in(question)
-            events = [s.split(" ", 4)[4] for s in sentences if named <= set(s.split(" "))]
-            if kind == "first":
-                assert [answer] == sentences[:-1]
-            elif kind == "does":
-                assert [answer] == (events or ["nothing"])
     assert set(seen) == {4, 5, 6, 7, 8, "moves", "appears", "vanishes", "grows"}
     assert min(seen.values()) > 5
 
@@ -2525,24 +2496,26 @@ TOYS = {  # with all kinds of randomness: batches, dropout, augmentation, sample
 }
 
 
-def output_of(name, options=""):
+def output_of(name, options="", printed=None):
     """Return what a toy run prints, with options like those on a command line."""
     stage, settings = TOYS[name]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(printed or io.StringIO()) as printed:
         stage.main(shlex.split(f"{settings} {options}"))
     return printed.getvalue()
 
 
 def fails(text, name, options=""):
     """Assert that a toy run ends with exit status 1 and one line, an error with text in it."""
+    printed = io.StringIO()
     try:
-        output_of(name, options)
+        output_of(name, options, printed)
     except SystemExit as e:
         message = str(e)
     else:
         raise AssertionError(f"no error with {text!r}")
     assert text in message, f"{text!r} is not in {message!r}"
     assert message.startswith("error: ") and "\n" not in message, message
+    assert printed.getvalue()[-1:] in ("", "\n")  # the message has a line of its own
 
 
 def write_cifar(files):
@@ -2614,10 +2587,13 @@ def test_prepare_flickr8k_reads_the_official_archives():
 def test_prepare_shakespeare_cuts_the_last_tenth_off():
     with empty_workplace():
         Path("data/shakespeare").mkdir(parents=True)
-        Path("data/shakespeare/input.txt").write_text("abcdefghij" * 10)
+        file = Path("data/shakespeare/input.txt")
+        file.write_bytes(b"\xef\xbb\xbf" + b"bcdefghij\r\n" * 10)
         output_of("shakespeare")
         assert len(np.load("data/shakespeare/train.npy")) == 90
-        assert np.load("data/shakespeare/val.npy").tolist() == list(range(10))
+        assert np.load("data/shakespeare/val.npy").tolist() == [*range(1, 10), 0]
+        file.write_bytes(b"")
+        fails("input.txt has only 0 characters", "shakespeare")
 
 
 def draw_plain_images(n):
@@ -2661,6 +2637,17 @@ def test_prepare_flickr8k_packs_captioned_images():
         output_of("mine", "--max_tiles=4")
         assert np.load("data/mine/images.npy").shape == (20, 4, 3, 16, 16)
         assert set(np.load("data/mine/layouts.npy")) == {LAYOUTS.index((1, 2))}
+        for n in (1, 20):  # broken images
+            for i in range(n):
+                Path(f"mine/{i}.png").write_bytes(b"\x89PNG")
+            if n == 1:
+                assert output_of("mine", "--vocab_size=5").count("left out: mine/0.png cannot") == 1
+        fails("no image of train can be read", "mine")
+        samples = sum(load_json("samples")["splits"].values(), [])
+        names = [table["names"][i] for sample in samples for i in sample["images"]]
+        assert sorted(set(names)) == sorted(f"{i}.png" for i in range(1, 20))
+    big = mock.Mock(encode=lambda text: [70_000], bos_id=1)
+    assert prepare_flickr8k.encode([["a"]], big).tolist() == [70_000, 1]
 
 
 def test_captions_are_read_as_people_write_them():
@@ -2925,15 +2912,6 @@ def test_gpt_resumes_and_writes():
             for split in ("val", "test")
         )
         assert val != test
-        for tokenizer, begin, end in ((CharTokenizer("a\n"), 0, -1), (BPETokenizer([]), 1, 2)):
-            with mock.patch.object(GPT, "stream", return_value=[]) as stream:
-                with mock.patch.multiple(gpt, temperature=0.5, top_k=7, top_p=0.9):
-                    gpt.write_text(language, tokenizer, "\n")
-            assert stream.call_args.args[0][0, 0] == begin
-            assert stream.call_args.args[2] == end
-            assert {"temperature": 0.5, "top_k": 7, "top_p": 0.9}.items() <= (
-                stream.call_args.kwargs.items()
-            )
 
 
 def test_gpt_batches_are_windows_from_everywhere():
@@ -3038,18 +3016,35 @@ def test_mllm_and_scst_resume_and_caption():
         before, _ = kept  # training, and after
         assert all(w.equal(before[name]) for name, w in saved("mllm/sft")["model"].items())
         assert parts_of(changed("mllm/sft", "scst/last")) == {"connector", "gpt"}
+        shutil.copy("mine/3.png", "mine/a:b*.png")  # no name for Windows
         for name in ("mllm", "scst"):
             for options in ("", "--temperature=1.0 --beams=1"):
-                output = output_of(name, f"--image=mine/3.png --num_captions=3 {options}")
+                output = output_of(name, f"--image='mine/a:b*.png' --num_captions=3 {options}")
                 assert output.count("(log p") == 3
+                assert "/places_1_a_b_.png" in output
             assert "beam_cider" in output_of(name, "--eval_only=True --eval_split=test")
         for low_log_p in (-999.0, 0.0):  # without and with a hint
             run.save("out/mllm/sft.pt", saved("mllm/sft") | {"low_log_p": low_log_p})
             assert (answers.UNLIKE in output_of("mllm", "--image=mine/3.png")) == (low_log_p == 0)
+        fails("eval_split=new: train, val, test", "mllm", "--eval_only=True --eval_split=new")
         fails("a new run would rename out/mllm/sft.pt", "scst", "--out_dir=out/mllm")
         fails("needs samples of at least 2", "scst", "--baseline=leave_one_out --samples=1")
         fails("has learnt captions, not questions", "mllm", "--prompt=why?")
         fails("max_surprise needs a captioner", "scst", "--max_surprise=6")
+
+
+def test_scst_says_when_nothing_is_earned_and_when_no_step_helps():
+    with toy_workplace():
+        output_of("mllm")
+        results = [({"cider": cider, "low_log_p": 0.0}, ["a"] * 99) for cider in (2.0, 1.0)]
+        with (
+            mock.patch.object(scst.Reward, "__call__", lambda *args: torch.zeros(len(args[3]))),
+            mock.patch.object(mllm, "evaluate", side_effect=results),
+            mock.patch.object(mllm, "evaluate_all", return_value=results[0]),
+        ):
+            output = output_of("scst", "--max_steps=20 --eval_interval=20")
+        assert "no sample has earned a reward" in output
+        assert "no evaluation was as good as the first" in output
 
 
 def test_align_trains_what_no_checkpoint_brought():
@@ -3164,13 +3159,15 @@ def test_conversations_are_learnt_and_continued():
             assert "other images" in output_of("scst", exact)
             question = "--image=mine/3.png --prompt='What is this?'"
             assert "3.png: " in output_of("scst", question)
-        fails("CLIP learns from photos and captions", "clip")
+        fails("holds questions; CLIP learns from captions", "clip")
         lines = [{"messages": sample_of((), f"{i}?", "Yes.")["messages"]} for i in range(20)]
         for file in Path("mine").glob("*.json*"):
             file.unlink()
         Path("mine/text.json").write_text(json.dumps(lines))
-        assert "images.npy (0, 3, 16, 16)" in output_of("mine")
-        assert "no image " in output_of("mllm", options)  # the table of answers
+        for tiles in ("", " --max_tiles=2"):
+            assert ", 3, 16, 16)" in output_of("mine", tiles)
+            plain = f"{options} --crop=1.0 --jitter=0.0 --mirror=False{tiles}"
+            assert "no image " in output_of("mllm", plain)  # the table of answers
 
 
 def end_at_once(logits, **_):
@@ -3245,10 +3242,12 @@ def test_two_processes_and_accumulation_train_as_one_process_does():
     with toy_workplace():
         shutil.copytree("data/mine", "data/mixed")
         asked = sample_of([0], "<image>what?", "a dog", "why", "so")
-        samples = [asked, sample_of([], "hi", "hello")]  # one process has no image
+        three = sample_of([3, 1, 2], "<image><image>or <image>?", "a cat")
+        text = sample_of([], "hi", "hello")
+        samples = [asked, three, text, text]  # a process may have no image
         table = {"splits": dict.fromkeys(("train", "val", "test"), samples)}
         Path("data/mixed/samples.json").write_text(json.dumps(table))
-        output_of("mllm", f"{PLAIN_RUNS['mllm']} --out_dir=out/start")
+        output_of("mllm", f"{PLAIN_RUNS['mllm']} --fusion=cross --out_dir=out/start")
         Path("train.py").write_text(
             "import torch.distributed as dist\n"
             "dist.init_process_group('gloo')\n"
@@ -3281,6 +3280,7 @@ WRONG_USES = (
     ("gpt", "--block_size=9999", "data/shakespeare is too small for block_size=9999"),
     ("gpt", "--init_from=resume", "no checkpoint out/gpt/last.pt yet; train one first: python gpt"),
     ("gpt", "--init_from=sft", "init_from=sft: scratch or resume"),
+    ("gpt", "--dataset=a", "of data/a/input.txt: python prepare_shakespeare.py --out_dir=data/a"),
     ("gpt", "--adam_lr=1e30 --grad_clip=0.0", "the training loss is nan before step"),
     ("vit", "--first_size=20", "must be multiples of patch_size=8"),
     ("vit", "--task=clip", "task=clip learns from captions"),
@@ -3304,6 +3304,7 @@ def test_wrong_uses_end_in_one_line():
         for name, options, error in WRONG_USES:
             fails(error, name, options)
         output_of("vit")
+        fails("eval_split=new: train, val or test", "vit", "--eval_only=True --eval_split=new")
         Path("data/shakespeare/val.npy").write_bytes(b"")
         fails("data/shakespeare/val.npy is damaged", "gpt")
         fails("none.png: no such image file", "vit", "--image=none.png")
