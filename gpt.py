@@ -69,9 +69,7 @@ def load_split(split):
     folder = Path("data", dataset)
     prepare = prepare_command(dataset)
     if "DIR" in prepare:
-        prepare += (
-            f"; or of data/{dataset}/input.txt: python prepare_shakespeare.py --out_dir={folder}"
-        )
+        prepare += f"; or from {folder}/input.txt: python prepare_shakespeare.py --out_dir={folder}"
     state = load_data(folder / "tokenizer.json", prepare)
     ids = load_data(folder / f"{split}.npy", prepare)
     return torch.from_numpy(ids.astype(np.int64)), state

@@ -1294,7 +1294,7 @@ class CLIP(nn.Module):
 # 9. options (skip on a first reading) -------------------------------------------------------------
 
 
-def keep_likely(logits, top_k=0, top_p=1.0):
+def keep_likely(logits, top_k, top_p):
     """Set all but the likeliest of (B, vocab_size) logits to -inf.
 
     top_k: keep the k likeliest tokens; 0: all. top_p: keep the fewest tokens that together have

@@ -234,7 +234,7 @@ def main(argv=None):
     reward = Reward([prompt["references"] for prompt in prompts], judge)
     augmentation = {"size": sft["settings"]["train_size"]}
     augmentation |= {name: sft["settings"][name] for name in ("crop", "jitter", "mirror")}
-    metric = "right" if exact_weight else "cider"  # chooses the best checkpoint
+    metric = data["metric"] if exact_weight else "cider"  # chooses the best checkpoint
 
     before = copy.deepcopy(model.state_dict())
     model.vit.requires_grad_(False)

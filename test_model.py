@@ -3280,7 +3280,11 @@ WRONG_USES = (
     ("gpt", "--block_size=9999", "data/shakespeare is too small for block_size=9999"),
     ("gpt", "--init_from=resume", "no checkpoint out/gpt/last.pt yet; train one first: python gpt"),
     ("gpt", "--init_from=sft", "init_from=sft: scratch or resume"),
-    ("gpt", "--dataset=a", "of data/a/input.txt: python prepare_shakespeare.py --out_dir=data/a"),
+    (
+        "gpt",
+        "--dataset=a",
+        "or from data/a/input.txt: python prepare_shakespeare.py --out_dir=data/a",
+    ),
     ("gpt", "--adam_lr=1e30 --grad_clip=0.0", "the training loss is nan before step"),
     ("vit", "--first_size=20", "must be multiples of patch_size=8"),
     ("vit", "--task=clip", "task=clip learns from captions"),

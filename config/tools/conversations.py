@@ -180,4 +180,4 @@ def split_by_image(samples):
         f"least 20 are needed"
     )
     splits = {"train": groups[2 * n :], "val": groups[:n], "test": groups[n : 2 * n]}
-    return {split: sum(groups, []) for split, groups in splits.items()}
+    return {split: [*chain(*groups)] for split, groups in splits.items()}

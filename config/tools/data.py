@@ -160,7 +160,7 @@ def find_files(where):
     if "," in where and not path.exists():
         return [file for part in where.split(",") for file in find_files(part.strip())]
     if where and path.is_dir():
-        return [file for file in sorted(path.iterdir()) if file.is_file()]
+        return [file for file in sorted(path.iterdir()) if not file.is_dir()]
     assert path.is_file(), f"{where}: no such image file or folder"
     return [path]
 

@@ -39,7 +39,7 @@ WEIGHTS = (  # an index names the shards in which the weights are
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-UNREADABLE = {  # what a file may be that is not read, by how it begins
+NOT_WEIGHTS = {  # what a file may be that is not read, by how it begins
     b"version https://git-lfs": "a Git LFS pointer, which git lfs pull replaces by the file",
     b"<": "a web page",
     b"PK": "damaged, or TorchScript or pickled objects, which could run code",
@@ -227,7 +227,7 @@ def read_weights(path):
     except Exception:  # of many types; torch's message advises to run the code in the file
         with open(path, "rb") as file:
             head = file.read(30)
-        kind = next(kind for beginning, kind in UNREADABLE.items() if head.startswith(beginning))
+        kind = next(kind for beginning, kind in NOT_WEIGHTS.items() if head.startswith(beginning))
         fail(f"{path} cannot be read as weights: it is {kind}")
 
 
