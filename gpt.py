@@ -172,7 +172,6 @@ def main(argv=None):
     tokenizer = tokenizer_from_state(tokenizer_state)
     beginning = "" if hasattr(tokenizer, "bos_id") else tokenizer.chars[0]  # such as "\n"
 
-    resumed = run.start("gpt", settings)
     torch.manual_seed(seed)
     model_config = GPTConfig(
         tokenizer.vocab_size,
@@ -188,6 +187,7 @@ def main(argv=None):
     )
     model = run.place(GPT(model_config), dev, dtype)
     optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+    resumed = run.start("gpt", settings)
     step, seconds, best, samples = 0, 0.0, float("inf"), {}
     if resumed:
         step, seconds, best, samples = (

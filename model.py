@@ -1162,7 +1162,7 @@ class MLLM(nn.Module):
         self,
         images,
         ids,
-        max_new_tokens=32,
+        max_new_tokens,
         temperature=0.0,
         beams=1,
         length_penalty=1.0,

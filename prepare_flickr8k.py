@@ -63,7 +63,8 @@ SPLITS = {
     "test": "Flickr_8k.testImages.txt",
 }
 CAPTIONS = "Flickr8k.token.txt"
-BEGINNING = re.compile(r"[^,]+\.\w{3,4} *,")  # how a line of captions.txt begins: with an image
+BEGINNING = re.compile(r'[^,]+\.\w{3,4}"? *,')  # how a line of captions.txt begins: with an image
+OPEN = re.compile(r'[^,]+, *"(?:[^"]|"")*$')  # the caption begins with a quote, which is not closed
 
 
 def clean(caption):
@@ -81,8 +82,6 @@ def read_flickr8k(folder):
     """Return {split: samples}, and the folder of the photos inside their archive."""
     texts = open_archive(folder, "Flickr8k_text.zip")
     photos = open_archive(folder, "Flickr8k_Dataset.zip") / "Flicker8k_Dataset"
-    for name in (*SPLITS.values(), CAPTIONS):
-        assert (texts / name).exists(), f"{folder}/Flickr8k_text.zip lacks {name}; delete it"
     captions = {}
     for line in (texts / CAPTIONS).read_text(encoding="utf-8").splitlines():
         name, caption = line.split("\t")
@@ -102,25 +101,26 @@ def read_captions(file, images):
     """Return {name: captions} from the lines `image,caption` of a file about a folder of images."""
     records = []
     for where, line in numbered_lines(file):
-        in_quotes = records and records[-1][1].count('"') % 2
-        if in_quotes and not BEGINNING.match(line):  # a caption with a line break
+        is_open = records and OPEN.match(records[-1][1])
+        if is_open and not BEGINNING.match(line):  # a caption with a line break
             line = f"{records[-1][1]} {line}"
             where, _ = records.pop()
         records.append((where, line))
     captions = {}
     left_out = []
     for i, (where, record) in enumerate(records):
+        record = re.sub(r'^([^,]+), +"', r'\1,"', record)  # a quote after a space
         name, *rest = next(csv.reader([record]))
         caption = ",".join(rest).strip()  # a caption with commas needs no quotes
-        if caption.startswith('"'):  # quoted after a space
-            caption = caption.removeprefix('"').removesuffix('"')
         if i == 0 and "." not in name and not (images / name).is_file():
-            continue  # the header
+            assert len(rest) == 1, f"{where}: the columns are not `image,caption`"
+            print(f"{where}, is taken for the header")
+            continue
         if re.search(r"\w", caption):
             captions.setdefault(find_image(images, name, where), []).append(clean(caption))
         else:
             left_out.append(where)
-    assert captions, f"{file} has no line of the form `image,caption`"
+    assert captions, f"{file} has no line of the form `image,caption`, with a comma between them"
     if left_out:
         print(f"left out {len(left_out)} lines without a caption; the first is {left_out[0]}")
     return captions
@@ -175,10 +175,10 @@ def main(argv=None):
     out = Path(out_dir)
     assert 1 <= max_tiles <= 4, f"max_tiles={max_tiles}: 1 to 4"
     if source:
-        assert out != Path("data/flickr8k"), (
+        assert out not in (Path("data/flickr8k"), Path(source)), (
             "your own images need a folder of their own, such as --out_dir=data/mine"
         )
-        splits, folder = read_folder(Path(source))
+        splits, folder = read_folder(Path(source).expanduser())
     else:
         splits, folder = read_flickr8k(out)
     samples = sum(splits.values(), [])

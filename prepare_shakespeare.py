@@ -1,5 +1,5 @@
 """
-Download Tiny Shakespeare and write data/shakespeare/{train,val}.npy: 1,115,394 characters, a uint16
+Download Tiny Shakespeare and write data/shakespeare/{train,val}.npy: 1,115,394 characters, a uint32
 id per character, split 90/10 as in nanoGPT.
 
     python prepare_shakespeare.py
@@ -28,7 +28,7 @@ def main(argv=None):
     text = read_text(download(f"{out_dir}/input.txt", URLS, MD5)).replace("\r\n", "\n")
     assert len(text) >= 20, f"{out_dir}/input.txt has only {len(text)} characters"
     tokenizer = CharTokenizer(text)
-    ids = np.array(tokenizer.encode(text), dtype=np.uint16)
+    ids = np.array(tokenizer.encode(text), dtype=np.uint32)
     n_train = len(ids) * 9 // 10  # validation is the last tenth, so that no scene is in both
     save_array(f"{out_dir}/train.npy", ids[:n_train])
     save_array(f"{out_dir}/val.npy", ids[n_train:])

@@ -988,7 +988,7 @@ def test_mllm_refuses_what_does_not_fit():
         ("25 positions do not fit block_size=24", 0, text),
     ):
         raises(AssertionError, message, model, photos(n_images), ids)
-    raises(AssertionError, "25 tokens is longer than 24", model.generate, photos(0), text)
+    raises(AssertionError, "25 tokens is longer than 24", model.generate, photos(0), text, 9)
     unknown = replace(model.config, connector="qformer")
     raises(AssertionError, "connector=qformer", unknown.n_placeholders, 8)
     vit_config = tiny_vit_config(patch_dropout=0.5)
@@ -2575,7 +2575,7 @@ def test_prepare_flickr8k_reads_the_official_archives():
         found, _ = prepare_flickr8k.read_flickr8k(folder)
         fails("0.jpg cannot be read as an image", "flickr8k")
         write_zip("Flickr8k_text.zip", {"more.txt": b""})
-        fails("lacks Flickr_8k.trainImages.txt", "flickr8k")
+        fails("Flickr8k_text.zip/Flickr8k.token.txt", "flickr8k")
         (folder / "Flickr8k_text.zip").write_bytes(b"PK")
         fails("is not a zip archive", "flickr8k")
     for split, part in splits.items():
@@ -2659,7 +2659,9 @@ def test_captions_are_read_as_people_write_them():
         "\xe9.png,eh",
         "e\u0301.png,oh",
         '1.png,"not closed',
-        "2.png,fine",
+        '"mine/2.png",a 12" wheel',
+        '2.png, "fine, too"',
+        "2.png, so, so",
         "no comma",
         "2.png,...",
     )
@@ -2667,14 +2669,14 @@ def test_captions_are_read_as_people_write_them():
         draw_plain_images(3)
         shutil.copy("mine/0.png", "mine/e\u0301.png")
         file = Path("mine/captions.txt")
-        file.write_text("\n".join(lines), encoding="utf-8")
+        file.write_bytes("\r".join(lines).encode())
         assert prepare_flickr8k.read_captions(file, file.parent) == {
             "0.png": ['a red, "large" dog on grass', "a cat"],
             "e\u0301.png": ["eh", "oh"],
             "1.png": ["not closed"],
-            "2.png": ["fine"],
+            "2.png": ['a 12" wheel', "fine, too", "so, so"],
         }
-    assert f"left out 2 lines without a caption; the first is {file}, line 9" in printed.getvalue()
+    assert f"left out 2 lines without a caption; the first is {file}, line 11" in printed.getvalue()
 
 
 def test_wrong_captions_end_in_one_line():
@@ -2683,7 +2685,8 @@ def test_wrong_captions_end_in_one_line():
         for text, error in (
             ("image,caption\nnone.png,hello", "captions.txt, line 2: there is no image 'none.png'"),
             ("0.png,hello\n,hello", "captions.txt, line 2: there is no image ''"),
-            ("image;caption\n0.png;hello", "captions.txt has no line of the form"),
+            ("image;caption\n0.png;hello", "line 1: the columns are not `image,caption`"),
+            ("0.png\thello", "captions.txt has no line of the form"),
             ("0.png,hello", "1 images, or groups of samples that share images, are too few"),
         ):
             Path("mine/captions.txt").write_text(text)

@@ -60,7 +60,7 @@ train_size = 0  # clip: they grow to this size; things look larger in crops; 0: 
 mirror = True  # mirror half of the training images, but no photo whose caption says left or right
 crop = 0.5  # clip: smallest share of its area that is seen of a training photo
 jitter = 0.3  # clip: brightness, contrast and saturation change by up to this factor
-max_tokens = 32  # clip: longest caption
+max_tokens = 32  # clip: longer captions are cut off
 # model
 vit_ckpt = ""  # clip: the classifier or CLIP whose ViT it starts from; empty: random weights
 patch_size = 8  # of the doubled pixels: 8x8 tokens per image
@@ -415,11 +415,11 @@ def main(argv=None):
     )
     run.check_batch(batch_size, accumulation)
 
-    resumed = run.start("vit", settings)
     torch.manual_seed(seed)
     model = new_classifier(data) if task == "classify" else new_clip(data)
     model = run.place(model, dev, dtype)
     optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+    resumed = run.start("vit", settings)
     step, seconds, best = 0, 0.0, -1.0
     if resumed:
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))

@@ -17,7 +17,7 @@ def read_text(path):
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content[: e.start].count(b"\n") + 1
-        raise AssertionError(f"{path}, line {line}: not UTF-8 ({e.reason})")
+        raise AssertionError(f"{path}, line {line}: not UTF-8 ({e.reason}); save it as UTF-8")
 
 
 def read_settings(path, is_recipe=False):

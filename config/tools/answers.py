@@ -80,7 +80,7 @@ def answer_files(model, checkpoint, settings, encode):
     first images also where the model looked for each word."""
     sources = read_images(checkpoint, model, settings)
     generator = torch.Generator(device_of(model)).manual_seed(settings["seed"])
-    n = settings["num_captions"]
+    n = max(1, settings["num_captions"])
     out = Path(settings["out_dir"])
     pictures, titles = [], []
     for i, (name, photos) in enumerate(sources):

@@ -29,7 +29,7 @@ FILE = re.compile(r"\.\w{3,4}\b")  # a name with an ending, under a key that is 
 
 def numbered_lines(file):
     """Yield ("<file>, line <n>", text) for each line of a file that is not empty."""
-    for number, text in enumerate(read_text(file).split("\n"), 1):
+    for number, text in enumerate(re.split(r"\r\n?|\n", read_text(file)), 1):
         if text.strip():
             yield f"{file}, line {number}", text
 
@@ -37,9 +37,10 @@ def numbered_lines(file):
 def find_image(folder, text, where):
     """Return the name by which a folder, a Path, has an image, however people wrote it.
 
-    `./a.jpg` and `b\\..\\a.jpg` are a.jpg, and an accented letter is one character or two.
+    `./a.jpg`, `b\\..\\a.jpg` and, in the folder Images, `Images/a.jpg` are a.jpg, and an accented
+    letter is one character or two.
     """
-    name = posixpath.normpath(text.strip().replace("\\", "/"))
+    name = posixpath.normpath(text.strip().replace("\\", "/")).removeprefix(f"{folder.name}/")
     for spelling in (*(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), text):
         if (folder / spelling).is_file():
             return spelling
@@ -109,8 +110,9 @@ def read_sample(value, where):
         f'{where}: it has no "conversations", a list of turns {{"role": ..., "content": ...}}'
     )
     for key in value.keys() - KEYS:
-        assert not FILE.search(str(value[key])), (
-            f'{where}: the key "{key}" is unknown; files are named by "image" or "images"'
+        assert key != "system" and not FILE.search(str(value[key])), (
+            f'{where}: the key "{key}" is unknown; files are named by "image" or "images", and a '
+            f"system prompt is the first turn"
         )
     assert not {"image", "images"} <= value.keys(), f'{where}: it has both "image" and "images"'
     images = value.get("image") or value.get("images") or []
@@ -135,9 +137,10 @@ def drop_surplus(sample):
     """Remove the last <image> of a sample until there are as many as images. Return how many."""
     n_images = len(sample["images"])
     n_surplus = str(sample["messages"]).count("<image>") - n_images
-    markers = chain(["<image>"] * n_images, repeat(""))
+    markers = chain(["<image>"] * n_images, repeat(" "))
     for message in sample["messages"]:
-        message["content"] = re.sub("<image>", lambda _: next(markers), message["content"])
+        text = re.sub("<image>", lambda _: next(markers), message["content"])
+        message["content"] = text.strip()
     return n_surplus
 
 

@@ -33,9 +33,7 @@ RADII = {"small": 0.085, "large": 0.14}  # as fractions of the image's shorter s
 
 def difference(first, second):
     """Return how far apart two colours are in red, green and blue."""
-    first = np.array(ImageColor.getrgb(first))
-    second = np.array(ImageColor.getrgb(second))
-    return np.linalg.norm(first - second)
+    return np.linalg.norm(np.subtract(ImageColor.getrgb(first), ImageColor.getrgb(second)))
 
 
 def sketch_thing(pen, thing, colour, middle, r, rng):
