@@ -458,7 +458,7 @@ def build_model(data):
         c.max_images = max(c.max_images, *(len(sample["images"]) for sample in group))
     c.gpt.block_size = c.max_images * c.n_placeholders(image_size) + max_tokens
     assert c.gpt.positions != "learned" or c.gpt.block_size <= n_known, (
-        f"{mllm_ckpt or gpt_ckpt} has learnt fewer than the {c.gpt.block_size} positions needed"
+        f"{mllm_ckpt or gpt_ckpt} has too few positions for {c.gpt.block_size}; lower max_tokens"
     )
     model = make_mllm(c)
     if captioner:

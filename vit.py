@@ -411,7 +411,7 @@ def main(argv=None):
         return
     n_train = len(data["splits"]["train"])
     assert n_train >= batch_size, (
-        f"batch_size={batch_size} is larger than the training set of {n_train} images"
+        f"batch_size={batch_size} is larger than the training set of {n_train} images; lower it"
     )
     run.check_batch(batch_size, accumulation)
 

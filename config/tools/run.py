@@ -254,7 +254,7 @@ def load(path, *stages):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = checkpoint.get("stage", "another project")
     except Exception as e:  # of many types, depending on what the file is
-        fail(f"{path} cannot be read as a checkpoint of this project ({type(e).__name__})")
+        fail(f"{path} is damaged, or no checkpoint of this project ({type(e).__name__})")
     assert stage in stages, f"{path} is a checkpoint of {stage}, not of {' or '.join(stages)}"
     return checkpoint
 
