@@ -92,8 +92,8 @@ END = "<end>"  # the word for the end token in the reward; words_of() never prod
 
 
 class Reward:
-    """Scores captions against references, such as those of the training photos: a list of str for
-    each photo.
+    """Scores captions, by the weights in the settings above, against references, such as those of
+    the training photos: a list of str for each photo.
 
     judge: a LanguageJudge; a caption with a token of more than max_surprise nats is worth 0. None:
     no such limit.
