@@ -1179,9 +1179,7 @@ class MLLM(nn.Module):
         with evaluating(self):
             tokens = self.tokens_of(images)
             room = c.gpt.block_size - ids.size(1) + 1  # the last new token is not read
-            assert room > 0, (
-                f"{ids.size(1)} tokens of prompt exceed the context of {c.gpt.block_size}"
-            )
+            assert room > 0, f"{ids.size(1)} tokens of prompt exceed {c.gpt.block_size} of context"
             n = min(max_new_tokens, room)
             embedded = self.embed(tokens, ids)
             if beams > 1 and not temperature:
