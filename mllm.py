@@ -28,7 +28,7 @@ import torch
 
 import config
 from config.tools import answers, run
-from config.tools.data import augment_photos, hide_words, load_photos, texts_of
+from config.tools.data import augment_photos, hide_words, keep_features, load_photos, texts_of
 from config.tools.metrics import bleu, caption_scores, cider  # noqa: F401, for import from here
 from config.tools.optim import lr_factor, make_optimizers, update
 from config.tools.pictures import plot
@@ -204,6 +204,16 @@ def tokenize(data, model):
         print(f"left out: {n_left_out:,} samples, longer than the context of {block_size} tokens")
 
 
+def add_features(data, model, settings):
+    """Add the features of all images if they never change, because the ViT is frozen and sees the
+    images as they are."""
+    names = ("jitter", "mirror", "train_size", "patch_dropout")
+    changes = settings["crop"] < 1 or any(settings[name] for name in names)
+    is_frozen = "vit" not in settings["train"] and (settings["vit_ckpt"] or settings["mllm_ckpt"])
+    if is_frozen and not changes and settings["max_tiles"] == 1 and len(data["images"]):
+        data["features"] = keep_features(model, data["images"], settings["dataset"])
+
+
 def prompts_of(data, split):
     """Split samples into prompts (everything before an assistant turn) and reference answers.
     Return a list of {images, ids, question: its last message, kind, references}; equal prompts are
@@ -299,25 +309,28 @@ def get_groups(groups, step):
     return sorted(batch, key=lambda group: sum(len(sample["ids"]) for sample in group))
 
 
-def augment(data, image_ids, device, **changes):
-    """Return training images, augmented unless they are on tiles. changes: see augment_photos()."""
+def features_of(model, data, image_ids, **changes):
+    """Return the (M, N, C) features of images: those that are kept, if any, see keep_features();
+    else of their pixels, in training augmented by changes, see augment_photos()."""
+    device = run.device_of(model)
+    if "features" in data:
+        return torch.from_numpy(data["features"][image_ids]).float().to(device)
     images = data["images"][image_ids].to(device)
-    if not torch.is_tensor(images):
-        return images
-    return augment_photos(images, [data["texts"][i] for i in image_ids], **changes)
+    if changes and torch.is_tensor(images):  # tiles are not augmented
+        images = augment_photos(images, [data["texts"][i] for i in image_ids], **changes)
+    return model.vit.features(images)
 
 
 # evaluation ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def in_batches(model, function, images, batch_size=250):
-    """Return function(images), such as of model.encode, computed batch by batch on the device of
-    the model."""
-    device = run.device_of(model)
+def encode_images(model, data, image_ids, batch_size=250):
+    """Return the (M, N, C) image tokens of images, computed batch by batch."""
     with evaluating(model), run.autocast(model):
-        starts = range(0, len(images), batch_size)
-        return torch.cat([function(images[i : i + batch_size].to(device)) for i in starts])
+        starts = range(0, max(1, len(image_ids)), batch_size)
+        batches = [features_of(model, data, image_ids[i : i + batch_size]) for i in starts]
+        return torch.cat([model.connect(features) for features in batches])
 
 
 def alike(prompts, batch_size=250):
@@ -337,9 +350,7 @@ def write_answers(model, data, prompts, **decoding):
     float. Greedy, unless decoding, further arguments of MLLM.generate(), says otherwise."""
     images = sorted({i for prompt in prompts for i in prompt["images"]})
     device = run.device_of(model)
-    tokens = torch.zeros(0, 1, model.config.gpt.n_embd, device=device)
-    if images:
-        tokens = in_batches(model, model.encode, data["images"][images])
+    tokens = encode_images(model, data, images)
     place = {image: k for k, image in enumerate(images)}
     tokenizer = data["tokenizer"]
     texts, log_ps = [""] * len(prompts), [0.0] * len(prompts)
@@ -368,8 +379,8 @@ def validation_loss(model, data, split, batch_size=250):
     for start in range(0, len(samples), batch_size):
         groups = [[sample] for sample in samples[start : start + batch_size]]
         batch = collate(groups, data)
+        tokens = encode_images(model, data, batch.images)[batch.which]
         with evaluating(model), run.autocast(model):
-            tokens = model.encode(data["images"][batch.images].to(device))[batch.which]
             _, loss = model(tokens, batch.ids.to(device), batch.targets.to(device))
         total += loss.item() * batch.n_targets()
         count += batch.n_targets()
@@ -509,6 +520,7 @@ def load_data(model, checkpoint):
     )
     data["tokenizer"] = tokenizer_from_state(checkpoint["tokenizer"])
     tokenize(data, model)
+    add_features(data, model, settings)
     return data
 
 
@@ -550,10 +562,6 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
         step, seconds, best = (resumed[name] for name in ("step", "seconds", "best"))
         run.restore(resumed, model, optimizers)
     changes = {"crop": crop, "jitter": jitter, "mirror": mirror, "size": train_size}
-    same_view = crop == 1 and not (jitter or mirror or train_size or patch_dropout)
-    features = None  # computed once if they never change
-    if phase == "sft" and "vit" not in train and same_view and max_tiles == 1 and data["texts"]:
-        features = in_batches(model, model.vit.features, data["images"])
 
     # for checkpoints
     about = {"phase": phase, "tokenizer": tokenizer.state(), "asks": data["asks"]}
@@ -600,10 +608,8 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
             if word_dropout:
                 ids = hide_words(ids, tokenizer, word_dropout)
             with run.autocast(model):
-                if features is not None:
-                    tokens = model.connect(features[batch.images])
-                else:
-                    tokens = model.encode(augment(data, batch.images, device, **changes))
+                features = features_of(model, data, batch.images, **changes)
+                tokens = model.connect(features)
                 _, mean_loss = model(tokens[batch.which], ids, targets, label_smoothing, segments)
                 # part of the loss of the batch
                 part_loss = mean_loss * batch.n_targets() / n_targets
@@ -636,6 +642,7 @@ def main(argv=None):
     torch.manual_seed(seed)
     model = run.place(build_model(data), dev, dtype)
     tokenize(data, model)
+    add_features(data, model, settings)
     resumed = run.start("mllm", settings)
     print(f"{dataset}: {len(data['groups']['train']):,} groups of samples to train on; on {dev}")
     seconds = 0.0

@@ -39,11 +39,12 @@ from config.tools.data import (
     download,
     save_array,
     save_json,
+    save_parts,
     texts_of,
     to_images,
     to_rgb,
 )
-from config.tools.run import new_file, one_line_errors, show_progress
+from config.tools.run import one_line_errors, show_progress
 from model import BPETokenizer
 
 out_dir = "data/flickr8k"  # where the downloads go, and what --dataset=flickr8k reads
@@ -185,17 +186,17 @@ def main(argv=None):
     names = list(dict.fromkeys(name for sample in samples for name in sample["images"]))
     tiles = [max_tiles] * (max_tiles > 1)
     shape = (len(names), *tiles, 3, size, size)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     layouts = []
     broken = {}
-    with new_file(out / "images.npy") as partial, open(partial, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for photo in open_photos(names, folder, broken):  # one by one: all may not fit into memory
-            images = to_images([photo], size, max_tiles)
-            if tiles:
-                layouts += images.layouts.tolist()
-                images = images.pixels
-            file.write(images.numpy())
+
+    def pack(photo):
+        images = to_images([photo], size, max_tiles)
+        if tiles:
+            layouts.extend(images.layouts.tolist())
+            images = images.pixels
+        return images.numpy()
+
+    save_parts(out / "images.npy", "|u1", shape, map(pack, open_photos(names, folder, broken)))
     if tiles:
         save_array(out / "layouts.npy", np.array(layouts, dtype=np.int64))
     for problem in broken.values():

@@ -157,9 +157,8 @@ def rollout(model, data, prompts, rows, reward, augmentation):
     device = run.device_of(model)
     tokenizer = data["tokenizer"]
     images = list(dict.fromkeys(i for row in rows for i in prompts[row]["images"]))
-    pixels = mllm.augment(data, images, device, **augmentation)
     with run.autocast(model):
-        features = model.vit.features(pixels)
+        features = mllm.features_of(model, data, images, **augmentation)
         tokens = model.connect(features)  # (M, N, C), for all samples
 
     def write(own_tokens, ids, **decoding):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from config.tools.run import fail, new_file, show_progress
-from model import IMAGE_ID, LAYOUTS, tokenizer_from_state
+from config.tools.run import autocast, device_of, fail, n_processes, new_file, show_progress
+from model import IMAGE_ID, LAYOUTS, evaluating, tokenizer_from_state
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow
 
@@ -202,15 +202,11 @@ def shift_and_mirror(images, shift, mirrored):
     mirrored: (B,) booleans, which images to mirror. Draws from torch's global generator.
     """
     B, _, H, W = images.shape
-    device = images.device
     padded = F.pad(images, [shift] * 4)
-    top, left = torch.randint(2 * shift + 1, (2, B, 1), device=device)
-    rows = top + torch.arange(H, device=device)  # (B, H)
-    columns = left + torch.arange(W, device=device)  # (B, W)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    image = torch.arange(B, device=device)[:, None, None]
-    shifted = padded[image, :, rows[:, :, None], columns[:, None]]  # (B, H, W, 3)
-    return shifted.permute(0, 3, 1, 2)  # (B, 3, H, W)
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # (B, 3, 2 shift + 1, 2 shift + 1, H, W)
+    top, left = torch.randint(2 * shift + 1, (2, B), device=images.device)
+    shifted = windows[torch.arange(B, device=images.device), :, top, left]  # (B, 3, H, W)
+    return torch.where(mirrored[:, None, None, None], shifted.flip(3), shifted)
 
 
 def draw_parts(n, crop):
@@ -350,6 +346,15 @@ def save_array(path, array):
         np.save(file, array)
 
 
+def save_parts(path, dtype, shape, parts):
+    """Write the array that consists of parts, an iterable of arrays, which may not fit into memory
+    together. dtype: such as "|u1" or "<f2"."""
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    with new_file(path) as partial, open(partial, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(parts)
+
+
 def save_json(path, value):
     with new_file(path) as partial:
         partial.write_text(json.dumps(value))
@@ -400,6 +405,33 @@ def load_photos(dataset, image_size):
     )
     groups = {split: group_by_images(samples) for split, samples in splits.items()}
     return images, groups, tokenizer
+
+
+@torch.no_grad()
+def keep_features(model, images, dataset):
+    """Return the (n, N, C) float16 features of all images, (n, 3, H, W) uint8, by the ViT of an
+    MLLM.
+
+    They are computed once and mapped into memory from a file in data/<dataset>/. A checksum of the
+    weights and the images is part of its name.
+    """
+    digest = hashlib.sha256(images.numpy())
+    for weight in model.vit.state_dict().values():
+        digest.update(weight.cpu().numpy())
+    path = Path("data", dataset, f"features_{digest.hexdigest()[:8]}.npy")
+    side = images.size(-1) // model.config.vit.patch_size
+    shape = (len(images), side**2, model.vit.n_features)
+
+    def compute(start):
+        show_progress(f"features of {len(images)} images, computed once: {start}")
+        batch = images[start : start + 50].to(device_of(model))
+        return model.vit.features(batch).half().cpu().numpy()
+
+    if not path.is_file():
+        assert n_processes() == 1, f"no {path} yet: start one process first, without torchrun"
+        with evaluating(model), autocast(model):
+            save_parts(path, "<f2", shape, map(compute, range(0, len(images), 50)))
+    return np.load(path, mmap_mode="c")
 
 
 def texts_of(sample):

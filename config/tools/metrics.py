@@ -168,8 +168,6 @@ def caption_scores(captions, references):
     cider, bleu1 to bleu4: times 100, as papers print them.
     shuffled: CIDEr against the references of other images, the mean of five fixed shifts; as high
         as cider if the model ignores the images.
-    cider_others: CIDEr against all references but the first, which is how people's own captions
-        are scored; only where every image has at least two references.
     """
     n = len(captions)
     words, references = words_of_all(captions, references)
@@ -179,9 +177,6 @@ def caption_scores(captions, references):
     for order, value in enumerate(bleu_of_words(words, references), 1):
         scores[f"bleu{order}"] = 100 * value
     scores["shuffled"] = fmean(shifted[1:] or [0.0])
-    others = [refs[1:] for refs in references]
-    if all(others):
-        scores["cider_others"] = 100 * fmean(CiderD(others).scores(words, range(n)))
     return scores
 
 

@@ -99,7 +99,7 @@ def update(model, optimizers, loss, factor, grad_clip):
 
     Gradients and losses of all processes are summed first, then the norm of the gradient is clipped
     to grad_clip (0: not at all). loss: this process's share of the batch's loss, a scalar tensor
-    without gradient. Returns the loss of the whole batch, or NaN if the gradient is not finite.
+    without gradient. Returns the loss of the whole batch.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
@@ -112,10 +112,10 @@ def update(model, optimizers, loss, factor, grad_clip):
         loss = loss[0].clone()  # a view would keep all of flat in memory
         for p, gradient in zip(trained, gradients):
             p.grad.copy_(gradient.view_as(p))
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
+    torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.where(grad_norm.isfinite(), loss, math.nan)
+    return loss
