@@ -435,8 +435,8 @@ class Dropout(nn.Module):
             return x
         n_words = math.ceil(x.numel() / 8)
         words = torch.empty(n_words, dtype=torch.long, device=x.device).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= 256 * self.p
-        return x * (keep / (1 - self.p)).to(x.dtype)
+        is_kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= int(256 * self.p)
+        return x * is_kept.to(x.dtype).div_(1 - self.p)
 
 
 def swiglu(x):

@@ -1364,7 +1364,6 @@ def test_an_evaluation_reports_what_its_names_say():
     for name, value in {
         "cider": cider(captions, references)[0],
         "shuffled": sum(shifts) / 5,
-        "cider_others": cider(captions, [refs[1:] for refs in references])[0],
         "bleu4": bleu(captions, references)[3],
     }.items():
         assert np.isclose(scores[name], 100 * value), name
@@ -1687,7 +1686,6 @@ def test_update_sums_over_processes_clips_and_steps():
         (False, 3.0, 0.0, 1.5, 7.0),
         (False, 0.4, 1.0, 0.2, 7.0),
         (True, 3.0, 1.0, 0.5, 14.0),
-        (False, math.inf, 1.0, math.nan, math.nan),
     ):
         used, unused, frozen = (nn.Parameter(torch.zeros(n)) for n in (1, 4, 9))
         frozen.requires_grad_(False)
@@ -1793,7 +1791,7 @@ def test_images_grow_in_equal_shares_of_the_run_to_their_full_size():
     ):
         changes = {"max_steps": 100, "image_size": 64, "patch_size": 8}
         with mock.patch.multiple(vit, first_size=first_size, train_size=train_size, **changes):
-            assert [vit.size_at(step) for step in (0, 17, 18, 40, 69, 70, 71, 100)] == sizes
+            assert [vit.size_at(step) for step in (0, 22, 23, 50, 89, 90, 91, 100)] == sizes
 
 
 def write_safetensors(path, tensors, **changes):
@@ -1921,8 +1919,6 @@ def test_weights_of_gpt2_and_clip_are_those_of_the_hub():
         model.load_state_dict(checkpoint["model"])
         close(model(ids)[0][..., :258], logits, 1e-4)
         assert tokenizer_from_state(checkpoint["tokenizer"]).encode("he!") == [256, 0]
-        judge = metrics.LanguageJudge(checkpoint, torch.device("cpu"))
-        assert judge.nats(["he!"]).shape == (1, 3)  # he, ! and the end token
 
         images = torch.randint(256, (2, 3, 24, 24))
         for name, f in (("gelu", F.gelu), ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x))):
@@ -2307,7 +2303,7 @@ def test_conversations_become_ids_and_the_targets_are_what_the_assistant_says():
     pair = sample_of([2, 0], "<image>or <image>?", "a dog", "why", "so")
     groups = [[pair], [sample_of([2], "<image>", "a dog")]]
     for cross_layers, image in (((), "####"), (ALL, "#")):
-        _, photo_data = byte_captioner(groups, block_size=40, cross_layers=cross_layers)
+        captioner, photo_data = byte_captioner(groups, block_size=40, cross_layers=cross_layers)
         batch = mllm.collate(groups, photo_data)
         n = len(image)
         T = 2 * n + 17
@@ -2321,13 +2317,16 @@ def test_conversations_become_ids_and_the_targets_are_what_the_assistant_says():
         assert batch.which.tolist() == [0, 1, 0]  # image 2 is shared
         texts = ["or ?", "a dog", "why", "so"]
         loaded = photo_data["images"], {"train": groups}, None
+        changes = {"crop": 0.5, "jitter": 0.0, "mirror": True}
         with (
             mock.patch.object(mllm, "load_photos", return_value=loaded),
-            mock.patch.object(mllm, "augment_photos") as augment,
+            mock.patch.object(mllm, "augment_photos", wraps=mllm.augment_photos) as augment,
         ):
-            mllm.augment(mllm.load_samples("mine", 8, 0, 1), [2, 0], "cpu", crop=0.5)
+            loaded = mllm.load_samples("mine", 8, 0, 1)
+            features = mllm.features_of(captioner, loaded, [2, 0], **changes)
+        assert len(features) == 2
         assert augment.call_args.args[1] == [[*texts, "", "a dog"], texts]
-        assert augment.call_args.kwargs == {"crop": 0.5}
+        assert augment.call_args.kwargs == changes
 
 
 def test_samples_longer_than_the_context_are_left_out_and_counted():
@@ -2972,17 +2971,14 @@ def test_clip_resumes_and_matches():
             assert name.startswith("head.") or continued[f"vit.{name}"].equal(w)
         fails("has learnt task=clip", "vit", "--eval_only=True --out_dir=out/clip")
         output = output_of("clip", "--image=mine/3.png --texts='said b, Picture 3.'")
-        shares = map(float, re.findall(r"([\d.]+)%", output))
-        assert abs(sum(shares) - 100) < 0.2
         assert "picture 3 " in output
-        assert "val_5_prompts" in output_of("clip", "--eval_only=True --dataset=cifar10")
+        assert "val_accuracy" in output_of("clip", "--eval_only=True --dataset=cifar10")
         cifar = vit.load_cifar("cpu")
         images = F.one_hot(cifar["labels"][cifar["splits"]["val"]], 10).float()
-        texts = torch.eye(10).repeat(5, 1)
-        texts[:10] = texts[1:11].clone()  # one prompt alone misleads
-        with mock.patch.multiple(vit, out_dir="out/clip", embed=lambda *_: (images, texts)):
-            scores = vit.evaluate_zero_shot(vit.load_model(saved("clip/best")), cifar, "val")
-        assert [*scores.values()] == [0, 100]
+        for texts, accuracy in ((torch.eye(10), 100), (torch.eye(10).roll(1, 0), 0)):
+            with mock.patch.multiple(vit, out_dir="out/clip", embed=lambda *_: (images, texts)):
+                scores = vit.evaluate_zero_shot(vit.load_model(saved("clip/best")), cifar, "val")
+            assert scores == {"val_accuracy": accuracy}
 
 
 def test_recall_counts_own_captions_among_the_nearest():
@@ -3097,32 +3093,35 @@ def test_align_trains_what_no_checkpoint_brought():
         assert isinstance(reward.call_args.args[-1], metrics.LanguageJudge)
 
 
-def test_features_of_a_frozen_vit_are_those_of_each_step():
+def test_features_of_a_frozen_clip_are_computed_once_and_kept():
+    recipe = Path(config.__file__).with_name("clip_flickr8k_cpu.py")
     plain = (
-        "--train=connector,gpt --dropout=0.0 --mirror=False --crop=1.0 --jitter=0.0 --fusion=cross"
-        " --align_share=0.0"
+        f"{recipe} {COMMON} --vit_ckpt=hub/clip --gpt_ckpt=out/gpt/best.pt --dataset=mine"
+        " --image_size=24 --batch_size=8 --dropout=0.0 --word_dropout=0.0"
     )
-    with toy_workplace(), mock.patch.object(mllm, "augment", wraps=mllm.augment) as augment:
-        output_of("mllm", plain)
-        assert not augment.called  # the features are computed once
-        output_of("mllm", f"{plain} --train_size=24 --out_dir=out/anew")  # the same view
+
+    def train(run_name, change=""):
+        options = f"{plain} {change} --out_dir=out/{run_name}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            mllm.main(options.split())
+        return {path.name for path in Path("data/mine").glob("features_*")}
+
+    with toy_workplace():
+        write_clip(Path("hub/clip"), torch.zeros(1, 3, 24, 24), "gelu", F.gelu)
+        output_of("mine", "--size=24")
+        output_of("gpt", "--dataset=mine --block_size=40")
+        changes = "train_size=16 jitter=0.5 crop=0.5 mirror=True patch_dropout=0.5 train=vit,gpt"
+        for change in changes.split():
+            assert train("changed", f"--max_steps=0 --{change}") == set(), change
+        with mock.patch.object(mllm, "add_features"):
+            train("anew")
+        (kept,) = train("mllm")
         check_losses("mllm", "anew")
-        assert not any("gate" in name for name in saved("mllm/last")["model"])
-        for change in (
-            "train_size=24",
-            "jitter=0.5",
-            "crop=0.5",
-            "mirror=True",
-            "patch_dropout=0.5",
-        ):
-            augment.reset_mock()
-            output_of("mllm", f"{plain} --{change} --max_steps=2 --out_dir=out/changed")
-            assert augment.call_count == 2, change
-        losses = {log_of("mllm")[1]["train"]}
-        for change in ("label_smoothing=0.5", "word_dropout=0.9"):
-            output_of("mllm", f"{plain} --{change} --max_steps=2 --out_dir=out/changed")
-            losses.add(log_of("changed")[1]["train"])
-        assert len(losses) == 3
+        with mock.patch.object(data, "save_parts") as save:
+            output_of("scst", "--sft_dir=out/mllm")
+        assert not save.called
+        write_clip(Path("hub/clip"), torch.zeros(1, 3, 24, 24), "gelu", F.gelu)  # other weights
+        assert len(train("other")) == 2
 
 
 def test_conversations_are_learnt_and_continued():
@@ -3228,8 +3227,8 @@ def train_plain(run_name, options=""):
         with mock.patch.object(model, "sample_next", likely_tokens):
             for name, plain in PLAIN_RUNS.items():
                 folder = f"--out_dir=out/{name}_{run_name}"
-                options *= name != "clip"  # which has no parts
-                output_of(name, f"{plain} {options} {folder} --max_steps=4 --eval_interval=4")
+                more = options * (name not in ("vit", "clip"))  # which have no parts
+                output_of(name, f"{plain} {more} {folder} --max_steps=4 --eval_interval=4")
 
 
 def check_losses(one, other):
