@@ -229,7 +229,7 @@ def main(argv=None):
     if max_surprise:
         gpt_ckpt = sft["settings"]["gpt_ckpt"]
         assert gpt_ckpt, "max_surprise needs a captioner that started from a GPT of stage 2"
-        judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev)
+        judge = LanguageJudge(load_part(gpt_ckpt, "gpt"), dev, dtype)
     reward = Reward([prompt["references"] for prompt in prompts], judge)
     augmentation = {"size": sft["settings"]["train_size"]}
     augmentation |= {name: sft["settings"][name] for name in ("crop", "jitter", "mirror")}

@@ -1377,7 +1377,7 @@ def test_the_judge_says_how_surprising_each_token_of_a_caption_is():
         "model": language_model.state_dict(),
         "tokenizer": tokenizer.state(),
     }
-    judge = metrics.LanguageJudge(checkpoint, torch.device("cpu"))
+    judge = metrics.LanguageJudge(checkpoint, torch.device("cpu"), "float32")
     texts = ["ab", "", "a dog", "b" * 40]  # the last is longer than the context
     nats = judge.nats(texts)
     for text, row in zip(texts, nats):
@@ -2974,7 +2974,7 @@ def test_clip_resumes_and_matches():
         assert "picture 3 " in output
         assert "val_accuracy" in output_of("clip", "--eval_only=True --dataset=cifar10")
         cifar = vit.load_cifar("cpu")
-        images = F.one_hot(cifar["labels"][cifar["splits"]["val"]], 10).float()
+        images = F.one_hot(cifar["labels"][cifar["splits"]["val"]]).float()
         for texts, accuracy in ((torch.eye(10), 100), (torch.eye(10).roll(1, 0), 0)):
             with mock.patch.multiple(vit, out_dir="out/clip", embed=lambda *_: (images, texts)):
                 scores = vit.evaluate_zero_shot(vit.load_model(saved("clip/best")), cifar, "val")
@@ -3081,7 +3081,7 @@ def test_align_trains_what_no_checkpoint_brought():
             output_of("mllm", f"{options} --train=vit,connector --out_dir=out/around")
             assert parts_of(changed("begun/last", "around/last")) == {"vit", "connector"} | new
             around, _ = mllm.load_captioner("out/around/last.pt", "mllm", "cpu", "float32")
-            language = metrics.LanguageJudge(saved("gpt/best"), "cpu").gpt
+            language = metrics.LanguageJudge(saved("gpt/best"), "cpu", "float32").gpt
             ids = torch.randint(280, (2, 9))  # text alone, as before the GPT saw images
             assert around.eval()(photos(0), ids)[0].equal(language(ids)[0])
             again = "--gpt_ckpt=out/tuned/last.pt --dataset=shapes --image_size=24 --max_steps=0"

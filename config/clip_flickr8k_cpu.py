@@ -24,5 +24,4 @@ dropout = 0.25
 label_smoothing = 0.1
 muon_lr = 0.01
 adam_lr = 1.5e-3
-cooldown = 0.8
 eval_interval = 250

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from config.tools.data import pad_texts
+from config.tools.run import autocast, device_of, place
 from model import GPT, GPTConfig, tokenizer_from_state
 
 WORD = re.compile(
@@ -172,25 +173,23 @@ def caption_scores(captions, references):
     n = len(captions)
     words, references = words_of_all(captions, references)
     scorer = CiderD(references)
-    shifted = [100 * fmean(scorer.scores(words, np.roll(range(n), -k))) for k in range(min(6, n))]
+    shifted = [100 * fmean(scorer.scores(words, np.roll(range(n), -k))) for k in range(6)]
     scores = {"cider": shifted[0]}
     for order, value in enumerate(bleu_of_words(words, references), 1):
         scores[f"bleu{order}"] = 100 * value
-    scores["shuffled"] = fmean(shifted[1:] or [0.0])
+    scores["shuffled"] = fmean(shifted[1:])
     return scores
 
 
 class LanguageJudge:
     """How surprising a caption is to the language model of stage 2.
 
-    checkpoint: a dict of gpt.py with config, tokenizer and model. The judge computes in float32 on
-    every device, so that the same caption has the same score.
+    checkpoint: a dict of gpt.py with config, tokenizer and model.
     """
 
-    def __init__(self, checkpoint, device):
-        self.device = device
+    def __init__(self, checkpoint, device, dtype):
         self.tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        self.gpt = GPT(GPTConfig(**checkpoint["config"])).to(device).eval()
+        self.gpt = place(GPT(GPTConfig(**checkpoint["config"])), device, dtype).eval()
         self.gpt.load_state_dict(checkpoint["model"])
 
     @torch.no_grad()
@@ -200,13 +199,16 @@ class LanguageJudge:
         The end token is the last that counts; after it there are zeros. A caption that is longer
         than the context of the GPT is cut off.
         """
-        ids = pad_texts(captions, self.tokenizer, self.gpt.config.block_size).to(self.device)
+        ids = pad_texts(captions, self.tokenizer, self.gpt.config.block_size)
         pad_id = self.tokenizer.pad_id
-        ids = ids[:, (ids != pad_id).any(dim=0)]  # (n, T + 1), without columns of padding alone
-        logits, _ = self.gpt(ids[:, :-1])  # (n, T, vocab_size)
-        logits = logits.transpose(1, 2)
-        nats = F.cross_entropy(logits, ids[:, 1:], ignore_index=pad_id, reduction="none")
-        return nats.cpu()
+        ids = ids[:, (ids != pad_id).any(dim=0)].to(device_of(self.gpt))  # (n, T + 1)
+        with autocast(self.gpt):
+            logits, _ = self.gpt(ids[:, :-1])  # (n, T, vocab_size)
+        targets = ids[:, 1:]
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=pad_id, reduction="none"
+        )
+        return nats.view_as(targets).cpu()
 
 
 def recalls(cosines, owner):

@@ -26,7 +26,6 @@ GPT2_FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")
 CLIP_FILES = ("config.json", "pytorch_model.bin")
 HUB = {
     "gpt2": GPT2_FILES,
-    "openai-community/gpt2": GPT2_FILES,
     "gpt2-medium": GPT2_FILES,
     "distilgpt2": GPT2_FILES,
     "openai/clip-vit-base-patch16": CLIP_FILES,
