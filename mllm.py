@@ -310,15 +310,16 @@ def get_groups(groups, step):
 
 
 def features_of(model, data, image_ids, **changes):
-    """Return the (M, N, C) features of images: those that are kept, if any, see keep_features();
-    else of their pixels, in training augmented by changes, see augment_photos()."""
+    """Return the (M, N, C) features of images: the kept ones, if any, see keep_features(); else
+    those of their pixels, which are augmented if changes are given, see augment_photos()."""
     device = run.device_of(model)
     if "features" in data:
         return torch.from_numpy(data["features"][image_ids]).float().to(device)
     images = data["images"][image_ids].to(device)
     if changes and torch.is_tensor(images):  # tiles are not augmented
         images = augment_photos(images, [data["texts"][i] for i in image_ids], **changes)
-    return model.vit.features(images)
+    with run.autocast(model):
+        return model.vit.features(images)
 
 
 # evaluation ---------------------------------------------------------------------------------------
@@ -607,8 +608,8 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
             ids, targets, segments = (t if t is None else t.to(device) for t in batch[2:])
             if word_dropout:
                 ids = hide_words(ids, tokenizer, word_dropout)
+            features = features_of(model, data, batch.images, **changes)
             with run.autocast(model):
-                features = features_of(model, data, batch.images, **changes)
                 tokens = model.connect(features)
                 _, mean_loss = model(tokens[batch.which], ids, targets, label_smoothing, segments)
                 # part of the loss of the batch

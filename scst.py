@@ -157,8 +157,8 @@ def rollout(model, data, prompts, rows, reward, augmentation):
     device = run.device_of(model)
     tokenizer = data["tokenizer"]
     images = list(dict.fromkeys(i for row in rows for i in prompts[row]["images"]))
+    features = mllm.features_of(model, data, images, **augmentation)
     with run.autocast(model):
-        features = mllm.features_of(model, data, images, **augmentation)
         tokens = model.connect(features)  # (M, N, C), for all samples
 
     def write(own_tokens, ids, **decoding):

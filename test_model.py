@@ -1360,10 +1360,9 @@ def test_an_evaluation_reports_what_its_names_say():
     references = [[text, f"a {text}"] for text in texts]
     captions = [*texts[:5], texts[4], f"{texts[6]} the", ""]
     scores = metrics.caption_scores(captions, references)
-    shifts = [cider(captions, references[k:] + references[:k])[0] for k in range(1, 6)]
     for name, value in {
         "cider": cider(captions, references)[0],
-        "shuffled": sum(shifts) / 5,
+        "shuffled": cider(captions, references[1:] + references[:1])[0],
         "bleu4": bleu(captions, references)[3],
     }.items():
         assert np.isclose(scores[name], 100 * value), name
@@ -1610,7 +1609,7 @@ def test_the_log_has_one_row_per_step_and_forgets_later_steps():
         ):
             run.log(Path("out"), row, ("train", "val"))
         for loss in (math.nan, math.inf):
-            message = f"the training loss is {loss} before step 11"
+            message = "the loss is not finite before step 11"
             raises(AssertionError, message, run.log, Path("out"), {"step": 11, "train": loss})
         log = Path("out/log.csv").read_text()
     assert log == "step,val,train,phase,test\n0,3,,,\n10,2,2.25,sft,0.123457\n"
@@ -2237,7 +2236,6 @@ def test_odd_images_are_seen_as_a_person_sees_them():
     with empty_workplace():
         for name, image, pixel in (
             ("sixteen.png", Image.fromarray(np.full((4, 4), 40000, np.uint16)), 156),
-            ("float.tiff", Image.fromarray(np.float32([[1.5, math.nan, 3]])), 128),
             ("half.png", Image.new("RGBA", (4, 4), (255, 0, 0, 51)), (255, 204, 204)),
             ("cmyk.jpg", Image.new("CMYK", (8, 8), (255, 0, 0, 0)), (0, 255, 255)),
             ("turned.png", turned, 255),
@@ -3286,7 +3284,7 @@ WRONG_USES = (
         "--dataset=a",
         "or from data/a/input.txt: python prepare_shakespeare.py --out_dir=data/a",
     ),
-    ("gpt", "--adam_lr=1e30 --grad_clip=0.0", "the training loss is nan before step"),
+    ("gpt", "--adam_lr=1e30 --grad_clip=0.0", "the loss is not finite before step"),
     ("vit", "--first_size=20", "must be multiples of patch_size=8"),
     ("vit", "--task=clip", "task=clip learns from captions"),
     ("vit", "--batch_size=48", "larger than the training set of 44 images"),

@@ -96,11 +96,9 @@ def size_at(step):
     """Return the side of the images at a step: from first_size on, a patch more at equal intervals
     (Tan and Le 2021, EfficientNetV2, without their stronger augmentation of larger images)."""
     last_size = train_size or image_size
-    sizes = range(first_size, last_size, patch_size)
-    progress = step / max_steps
-    if progress >= GROWTH or not sizes:
-        return last_size
-    return sizes[int(len(sizes) * progress / GROWTH)]
+    sizes = range(min(first_size, last_size), last_size + 1, patch_size)
+    progress = min(1.0, step / max_steps / GROWTH)
+    return sizes[int(progress * (len(sizes) - 1))]
 
 
 # CIFAR-10: what is in the image? ------------------------------------------------------------------

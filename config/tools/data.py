@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from config.tools.run import autocast, device_of, fail, n_processes, new_file, show_progress
+from config.tools.run import (
+    autocast,
+    device_of,
+    fail,
+    is_main,
+    new_file,
+    show_progress,
+    sum_over_processes,
+)
 from model import IMAGE_ID, LAYOUTS, evaluating, tokenizer_from_state
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # raised by Pillow
@@ -62,13 +70,11 @@ def best_layout(width, height, max_tiles):
 def to_rgb(image):
     """Return a PIL image upright and in RGB, as a person sees it.
 
-    Pixels of 16 bits or in floating point are scaled to 8 bits; transparent parts become white.
+    Pixels of 16 bits are scaled to 8 bits; transparent parts become white.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-        values = np.nan_to_num(np.array(image, np.float32))
-        highest = max(values.max(), 1e-8) if image.mode == "F" else 65535
-        values = 255 * (values / highest).clip(0, 1)
+    if image.mode.startswith("I"):
+        values = np.array(image).clip(0, 65535) / 257
         image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -412,8 +418,8 @@ def keep_features(model, images, dataset):
     """Return the (n, N, C) float16 features of all images, (n, 3, H, W) uint8, by the ViT of an
     MLLM.
 
-    They are computed once and mapped into memory from a file in data/<dataset>/. A checksum of the
-    weights and the images is part of its name.
+    They are computed once, without dropout, and mapped into memory from a file in data/<dataset>/.
+    A checksum of the weights and the images is part of its name.
     """
     digest = hashlib.sha256(images.numpy())
     for weight in model.vit.state_dict().values():
@@ -423,14 +429,15 @@ def keep_features(model, images, dataset):
     shape = (len(images), side**2, model.vit.n_features)
 
     def compute(start):
-        show_progress(f"features of {len(images)} images, computed once: {start}")
+        show_progress(f"features of image {start}/{len(images)}, for {path}")
         batch = images[start : start + 50].to(device_of(model))
         return model.vit.features(batch).half().cpu().numpy()
 
-    if not path.is_file():
-        assert n_processes() == 1, f"no {path} yet: start one process first, without torchrun"
+    if is_main() and not path.is_file():
         with evaluating(model), autocast(model):
             save_parts(path, "<f2", shape, map(compute, range(0, len(images), 50)))
+        show_progress("")
+    sum_over_processes(0, device_of(model))  # the others wait until the file is there
     return np.load(path, mmap_mode="c")
 
 

@@ -309,8 +309,8 @@ def log(out_dir, row, brief=()):
     Values of a step that is already in the log are added to its row; rows of later steps, which a
     run wrote before it was interrupted, are dropped.
     """
-    assert math.isfinite(row.get("train", 0.0)), (
-        f"the training loss is {row['train']} before step {row['step']}"
+    assert math.isfinite(row.get("train", 0.0) + row.get("val", 0.0)), (
+        f"the loss is not finite before step {row['step']}"
     )
     path = out_dir / "log.csv"
     rows = []
