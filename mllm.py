@@ -326,7 +326,7 @@ def features_of(model, data, image_ids, **changes):
 
 
 @torch.no_grad()
-def encode_images(model, data, image_ids, batch_size=250):
+def encode_images(model, data, image_ids, batch_size=100):
     """Return the (M, N, C) image tokens of images, computed batch by batch."""
     with evaluating(model), run.autocast(model):
         starts = range(0, max(1, len(image_ids)), batch_size)

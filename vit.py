@@ -167,7 +167,7 @@ def predict(model, images):
     its mirror image."""
     logits = []
     with evaluating(model), run.autocast(model):
-        for batch in images.split(500):
+        for batch in images.split(250):
             x = resize(batch.to(run.device_of(model)), model.config.image_size)
             both = model(x)[0].float() + model(x.flip(3))[0].float()
             logits.append(both.cpu() / 2)
@@ -285,8 +285,8 @@ def embed(model, images, captions, tokenizer):
     dev = run.device_of(model)
     ids = pad_texts(captions, tokenizer, model.config.max_tokens)
     with evaluating(model), run.autocast(model):
-        image_vectors = [model.embed_images(batch.to(dev)).cpu() for batch in images.split(500)]
-        text_vectors = [model.embed_texts(batch.to(dev)).cpu() for batch in ids.split(500)]
+        image_vectors = [model.embed_images(batch.to(dev)).cpu() for batch in images.split(250)]
+        text_vectors = [model.embed_texts(batch.to(dev)).cpu() for batch in ids.split(250)]
     return torch.cat(image_vectors), torch.cat(text_vectors)
 
 
