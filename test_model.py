@@ -2969,6 +2969,8 @@ def test_clip_resumes_and_matches():
             assert name.startswith("head.") or continued[f"vit.{name}"].equal(w)
         fails("has learnt task=clip", "vit", "--eval_only=True --out_dir=out/clip")
         output = output_of("clip", "--image=mine/3.png --texts='said b, Picture 3.'")
+        shares = map(float, re.findall(r"([\d.]+)%", output))
+        assert abs(sum(shares) - 100) < 0.2
         assert "picture 3 " in output
         assert "val_accuracy" in output_of("clip", "--eval_only=True --dataset=cifar10")
         cifar = vit.load_cifar("cpu")
