@@ -618,7 +618,7 @@ def train_phase(model, data, phase, first_step, last_step, settings, resumed, se
             loss += part_loss.detach()
         losses.append(update(model, optimizers, loss, factor, grad_clip))
         step += 1
-        run.show_step(step, max_steps, losses)
+        run.show_step(out, step, max_steps, loss=losses)
 
 
 @run.one_line_errors

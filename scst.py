@@ -84,7 +84,7 @@ cooldown = 1.0  # the last part of the run, in which the rate falls to zero in a
 grad_clip = 1.0  # largest norm of the gradient; 0: none
 eval_interval = 50  # steps between evaluations
 
-BRIEF = ("reward", "val_cider", "val_right", "lr", "ms_per_step", "minutes")
+BRIEF = ("mean_reward", "val_cider", "val_right", "lr", "ms_per_step", "minutes")
 END = "<end>"  # the word for the end token in the reward; words_of() never produces it
 
 
@@ -256,7 +256,7 @@ def main(argv=None):
         if step % eval_interval == 0 or step == max_steps:
             row = {"step": step, "lr": factor * lr} | run.pace(losses, time.perf_counter() - start)
             if mean_rewards:
-                row["reward"] = sum(mean_rewards) / len(mean_rewards)
+                row["mean_reward"] = sum(mean_rewards) / len(mean_rewards)
             seconds += time.perf_counter() - start  # of training, without evaluations
             if run.is_main():
                 scores, _ = mllm.evaluate(model, data, "val")
@@ -299,7 +299,7 @@ def main(argv=None):
                 "no sample has earned a reward so far, and nothing is learnt: is sft.pt too little "
                 "trained, or is the reward out of reach (exact_weight, max_surprise)?"
             )
-        run.show_step(step, max_steps, losses)
+        run.show_step(out, step, max_steps, loss=losses, reward=mean_rewards)
 
     if not run.is_main():
         return

@@ -442,7 +442,7 @@ def main(argv=None):
         loss = learn(model, data, rows, step)
         losses.append(update(model, optimizers, loss, factor, grad_clip))
         step += 1
-        run.show_step(step, max_steps, losses)
+        run.show_step(out, step, max_steps, loss=losses)
 
     if run.is_main():
         plot(out, right=(f"val_{score}",))

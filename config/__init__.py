@@ -66,8 +66,7 @@ def cast(name, value, default, where):
 
 def print_help(description, defaults):
     """Print a stage's docstring and its settings."""
-    print(description.strip())
-    print("\nsettings (change them with --name=value, or in a recipe):")
+    print(f"{description.strip()}\n\nsettings (change them with --name=value, or in a recipe):")
     for name, (value, comment) in defaults.items():
         option = f"--{name}={value}"
         print(f"  {option:<30} {comment}")

@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.view_as(p), alpha=-group["lr"] * max(1, n_out / n_in) ** 0.5)
 
 
-def orthogonalize(x, steps=5):
+def orthogonalize(x):
     """Return about U V^T for each matrix of x (n, rows, columns) with the singular value
     decomposition U S V^T.
 
@@ -48,9 +48,9 @@ def orthogonalize(x, steps=5):
     and takes fewer steps.
     """
     if x.size(1) > x.size(2):
-        return orthogonalize(x.mT, steps).mT
+        return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)

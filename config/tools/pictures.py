@@ -11,7 +11,7 @@ from matplotlib import font_manager
 
 plt.switch_backend("Agg")  # draws into files and needs no screen
 LABELS = {
-    "train": "training loss",
+    "loss": "loss of a batch",
     "val": "validation loss",
     "val_accuracy": "validation accuracy (%)",
     "val_recall": "validation recall at 10 (%)",
@@ -21,7 +21,7 @@ LABELS = {
 }
 
 
-def plot(out_dir, left=("train", "val"), right=(), ylabel="loss (nats)"):
+def plot(out_dir, left=("loss", "val"), right=(), ylabel="loss (nats)"):
     """Draw columns of out_dir/log.csv over the training step into out_dir/loss.png.
 
     out_dir: a Path. The columns in right have an axis of their own. A column without values is left

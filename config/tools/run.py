@@ -195,7 +195,7 @@ def epoch_rows(n, batch_size, step, seed):
     epoch over n rows, and identical on all ranks."""
     epoch, position = divmod(step, n // batch_size)
     order = torch.randperm(n, generator=shared_generator(seed, epoch))
-    return order[position * batch_size : (position + 1) * batch_size]
+    return order.split(batch_size)[position]
 
 
 # files --------------------------------------------------------------------------------------------
@@ -246,9 +246,8 @@ def load(path, *stages):
     """Return the checkpoint at path, on the CPU, which one of the stages ("vit", "gpt", ...) has
     saved."""
     path = Path(path)
-    stage = {"sft.pt": "mllm", "scst.pt": "scst"}.get(path.name, stages[0])
     assert path.is_file(), (
-        f"no checkpoint {path} yet; train one first: python {stage}.py{recipe_of(path.parent)}"
+        f"no checkpoint {path} yet; train one first: python {stages[0]}.py{recipe_of(path.parent)}"
     )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -261,8 +260,8 @@ def load(path, *stages):
 
 def recipe_of(out_dir):
     """Return the recipe with this out_dir, after a space, or "" if there is none."""
-    for recipe in sorted(Path("config").glob("[!_]*.py")):
-        if read_settings(recipe).get("out_dir", ("",))[0] == str(out_dir):
+    for recipe in Path("config").glob("[!_]*.py"):
+        if str(out_dir) in read_settings(recipe).get("out_dir", ()):
             return f" {recipe}"
     return ""
 
@@ -288,11 +287,13 @@ def start(stage, settings):
                 print(f"renamed {path} of an earlier run to {path.stem}.old.pt")
 
 
-def show_step(step, max_steps, losses):
-    """Show the progress of a run now and then; reading the loss at every step would make a GPU
-    wait."""
-    if step % 10 == 0:
-        show_progress(f"step {step}/{max_steps} | loss {losses[-1].item():.3f}")
+def show_step(out_dir, step, max_steps, **curves):
+    """Log and show the last values of curves, lists of numbers or scalar tensors, one of them named
+    loss, about 100 times in a run; reading them at every step would make a GPU wait."""
+    if step % (max_steps // 100 + 1) == 0 and is_main():
+        row = {name: float(values[-1]) for name, values in curves.items()}
+        log(out_dir, {"step": step} | row)
+        show_progress(f"step {step}/{max_steps} | loss {row['loss']:.3f}")
 
 
 def pace(losses, seconds):
