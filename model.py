@@ -1648,17 +1648,14 @@ class TiledMLLM(MLLM):
 
 class SinusoidalPositionalEncoding(nn.Module):
     """Add sines and cosines of geometrically spaced frequencies (Vaswani et al. 2017, section
-    3.5)."""
-
-    def __init__(self, n_embd, max_len):
-        super().__init__()
-        angles = torch.outer(torch.arange(max_len).float(), frequencies(n_embd))
-        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (max_len, n_embd)
-        self.register_buffer("table", table, persistent=False)
+    3.5): channels 0 and 1 are the sine and the cosine of the first one, and so on."""
 
     def forward(self, x):
         """x: (B, T, C) at positions 0, 1, 2, ..."""
-        return x + self.table[: x.size(1)]
+        B, T, C = x.shape
+        angles = torch.outer(torch.arange(T).float(), frequencies(C))  # (T, C / 2)
+        table = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # (T, C)
+        return x + table.to(x)
 
 
 class Transformer(nn.Module):
@@ -1671,14 +1668,13 @@ class Transformer(nn.Module):
         n_layer=6,
         n_embd=512,
         n_head=8,
-        max_len=512,
         pad_id=0,
         dropout=0.1,
     ):
         super().__init__()
         self.pad_id = pad_id
         self.embedding = nn.Embedding(vocab_size, n_embd)
-        self.position = SinusoidalPositionalEncoding(n_embd, max_len)
+        self.position = SinusoidalPositionalEncoding()
         self.drop = Dropout(dropout)
         block = {"activation": "relu", "dropout": dropout}
         self.encoder = TransformerEncoder(n_layer, n_embd, n_head, **block)
