@@ -124,10 +124,12 @@ def setup_function():
     torch.set_num_threads(1)
 
 
-def close(a, b, atol=1e-5):
-    """Assert that two tensors have the same shape and values; NaN equals nothing."""
-    assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
-    assert torch.allclose(a, b, atol=atol, rtol=1e-4), f"they differ by {(a - b).abs().max():.2g}"
+def close(a, b, atol=1e-5, hint=""):
+    """Assert that two tensors have the same shape and values; NaN equals nothing. hint: what may be
+    wrong, for those who write what is tested (see the exercises)."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}; {hint}"
+    difference = (a - b).abs().max()
+    assert torch.allclose(a, b, atol=atol, rtol=1e-4), f"they differ by {difference:.2g}; {hint}"
 
 
 def raises(exception, text, f, *args):
@@ -210,7 +212,7 @@ CORPUS = [
 def test_char_tokenizer():
     tokenizer = CharTokenizer("hello\n")
     assert tokenizer.vocab_size == 5
-    assert tokenizer.encode("\neh") == [0, 1, 2]
+    assert tokenizer.encode("\neh") == [0, 1, 2], "is an id a place in the sorted vocabulary?"
     assert tokenizer.decode(tokenizer.encode("hole\nhell")) == "hole\nhell"
     raises(AssertionError, "'ß'", tokenizer.encode, "heßo")
 
@@ -241,8 +243,8 @@ def test_bpe_pieces_and_merges_worked_out_by_hand():
     # pieces: hug, _hug, _pug, _hugs. Pairs: ug 4, hu 3, _h 2, _p pu gs 1  ->  ug
     # then h+ug 3, _h 2, the rest 1  ->  hug; then _+hug 2  ->  _hug; then no pair occurs twice
     tokenizer = BPETokenizer.train(["hug hug pug hugs"], 400)
-    assert tokenizer.bytes[259:] == [b"ug", b"hug", b" hug"]
-    assert tokenizer.encode("hugs") == [260, 3 + ord("s")]
+    assert tokenizer.bytes[259:] == [b"ug", b"hug", b" hug"], "does merge() replace every pair?"
+    assert tokenizer.encode("hugs") == [260, 3 + ord("s")], "merge until no known pair is left"
 
 
 def test_gpt2_tokenizer_cuts_and_numbers_as_gpt2_does():
@@ -295,10 +297,10 @@ def test_tokenizers_come_back_from_their_state_through_json():
 
 def test_masks_are_true_where_a_query_may_attend():
     mask = causal_mask(2, 4)
-    assert digits(mask) == "1110 1111"
+    assert digits(mask) == "1110 1111", "the last of two queries is at the last of four keys"
     mask = padding_mask(torch.tensor([[5, 6, 0], [7, 0, 0]]), 0)
     assert mask.shape == (2, 1, 1, 3)
-    assert digits(mask.flatten(1)) == "110 100"
+    assert digits(mask.flatten(1)) == "110 100", "False at padding, and only there"
 
 
 def test_attention_function_equals_torch():
@@ -306,10 +308,11 @@ def test_attention_function_equals_torch():
     k, v = torch.randn(2, 2, 3, 6, 8)
     for mask in (None, causal_mask(4, 6), torch.rand(2, 1, 1, 6) < 0.7):
         out, weights = scaled_dot_product_attention(q, k, v, mask)
-        close(out, F.scaled_dot_product_attention(q, k, v, mask))
+        hint = "are scores divided by sqrt(head_dim), and masked before the softmax?"
+        close(out, F.scaled_dot_product_attention(q, k, v, mask), hint=hint)
         close(out, weights @ v)
         dropped, same = scaled_dot_product_attention(q, k, v, mask, 0.5)
-        close(same, weights)  # the weights are those before dropout
+        close(same, weights, hint="return the weights before dropout")
         assert not torch.allclose(dropped, out)
 
 
@@ -321,7 +324,8 @@ def test_rotary_turns_pairs_of_channels_like_complex_numbers():
     for positions in (torch.arange(5), torch.randint(8, (2, 5))):
         angles = positions.unsqueeze(-2)[..., None] * frequencies
         turned = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angles)
-        close(rotary(x, positions), torch.cat((turned.real, turned.imag), dim=-1))
+        expected = torch.cat((turned.real, turned.imag), dim=-1)
+        close(rotary(x, positions), expected, hint="channels i and i + head_dim / 2 are a pair")
     raises(AssertionError, "even", RotaryEmbedding, 7, 32)
 
 
@@ -376,7 +380,9 @@ def test_multi_head_attention_equals_torch_nn():
     mask = torch.arange(5) != 2
     seen = mask & causal_mask(5, 5)
     for ours.keep_weights in (False, True):
-        close(ours(x, mask=mask, causal=True), theirs(x, x, x, attn_mask=~seen)[0])
+        expected, _ = theirs(x, x, x, attn_mask=~seen)
+        hint = "a head is head_dim neighbouring channels, of queries, keys and values alike"
+        close(ours(x, mask=mask, causal=True), expected, hint=hint)
         out, weights = theirs(x, memory, memory)
         close(ours(x, memory), out)
     close(ours.attn_weights.mean(dim=1), weights)
@@ -406,7 +412,8 @@ def test_cached_attention_equals_one_full_pass():
     for sizes in ([1] * 10, [4, 1, 3, 2]):
         cache = KVCache(10)
         parts = [layer(part, causal=True, cache=cache) for part in x.split(sizes, dim=1)]
-        close(torch.cat(parts, dim=1), layer(x, causal=True))
+        hint = "write at `length`, which grows, and return all so far"
+        close(torch.cat(parts, dim=1), layer(x, causal=True), hint=hint)
     layer = shake(MultiHeadAttention(16, 2))
     memory = torch.randn(2, 7, 16)
     mask = torch.arange(7)[None] < 5
@@ -425,7 +432,7 @@ def test_norms_equal_torch():
     for name, theirs in {"layer": nn.LayerNorm(16), "rms": nn.RMSNorm(16, 1e-5)}.items():
         ours = shake(make_norm(name, 16))
         theirs.load_state_dict(ours.state_dict())
-        close(ours(x), theirs(x))
+        close(ours(x), theirs(x), hint="eps is added inside the root, to the mean of the squares")
     raises(AssertionError, "norm=batch: layer or rms", make_norm, "batch", 16)
 
 
@@ -477,7 +484,12 @@ def test_feed_forward_equals_its_formula():
     }
     for activation, formula in formulas.items():
         layer = shake(FeedForward(96, activation), 0.1)
-        close(layer(x), layer.proj(formula(layer.up(x))), 1e-4)
+        close(
+            layer(x),
+            layer.proj(formula(layer.up(x))),
+            1e-4,
+            "in swiglu, the first half is the gate",
+        )
         n_weights = layer.up.weight.numel() + layer.proj.weight.numel()
         assert n_weights == 2 * 96 * 4 * 96
     assert FeedForward(16, "swiglu").proj.in_features == 40  # 64 * 2 / 3, rounded to eights
@@ -518,7 +530,7 @@ def test_gpt_with_experts_adds_their_balance_to_the_loss():
 def test_sinusoidal_positions_by_hand():
     added = SinusoidalPositionalEncoding()(torch.zeros(1, 8, 4))[0]
     by_hand = [math.sin(3), math.cos(3), math.sin(0.03), math.cos(0.03)]  # 10000^(2/4) = 100
-    close(added[3], torch.tensor(by_hand))
+    close(added[3], torch.tensor(by_hand), hint="sines in even channels, cosines in odd ones")
 
 
 # 4. blocks and 5. stacks --------------------------------------------------------------------------
@@ -536,7 +548,8 @@ def test_encoder_equals_torch_nn():
     x = torch.randn(2, 5, 16)
     is_token = table("1 1 1 1 1; 1 1 1 0 0") > 0
     expected = theirs(x, src_key_padding_mask=~is_token)
-    close(ours(x, is_token[:, None, None])[is_token], expected[is_token])
+    hint = "norms come first, and what a sub-layer returns is added to what came before the norm"
+    close(ours(x, is_token[:, None, None])[is_token], expected[is_token], hint=hint)
 
 
 def test_transformer_equals_torch_nn():
@@ -571,7 +584,7 @@ def test_decoder_has_cross_attention_in_chosen_blocks_behind_gates():
     close(block(x), x)
     memory = torch.randn(2, 7, 16)
     attended = block.cross_attn(block.cross_norm(x), memory.repeat_interleave(3, dim=0))
-    close(block(x, memory), x)  # the gate is shut at first
+    close(block(x, memory), x, hint="multiply by the tanh of the gate, which is 0 at first")
     block.cross_gate.data.fill_(0.5)
     expected = x + math.tanh(0.5) * attended
     close(block(x, memory), expected)
@@ -709,7 +722,8 @@ def test_patch_embedding_equals_unfold_and_a_matrix():
     layer = shake(PatchEmbedding(4, 16, "patch"))
     images = torch.randn(2, 3, 8, 12)
     patches = F.unfold(images, 4, stride=4).transpose(1, 2)  # (B, N, 3 * 4 * 4), row by row
-    close(layer(images), F.linear(patches, layer.linear.weight.flatten(1), layer.linear.bias), 1e-4)
+    expected = F.linear(patches, layer.linear.weight.flatten(1), layer.linear.bias)
+    close(layer(images), expected, 1e-4, "the order is row by row, and channels come last")
     raises(AssertionError, "10x10", layer, torch.zeros(1, 3, 10, 10))
     raises(AssertionError, "stem=dense", PatchEmbedding, 8, 16, "dense")
 
@@ -737,7 +751,7 @@ def test_attention_pooling_is_a_weighted_mean_of_each_head():
     x = torch.randn(3, 5, 6)
     weights = (x @ layer.score.weight.T).softmax(dim=1)  # (3, 5, 2)
     heads = torch.einsum("bnh,bnhc->bhc", weights, x.view(3, 5, 2, 3))
-    close(layer(x), heads.flatten(1))
+    close(layer(x), heads.flatten(1), hint="the softmax is over the patches")
 
 
 def test_vit_normalises_pixels_by_buffers_that_travel_with_the_weights():
@@ -786,7 +800,7 @@ def test_vit_initial_loss_ignored_labels_smoothing_and_gradients():
         logits, no_loss = model(images)
         assert no_loss is None
         loss = model(images, labels)[1]
-        assert abs(loss - math.log(10)) < 0.1
+        assert abs(loss - math.log(10)) < 0.1, f"at first all classes are likely: ln 10, not {loss}"
         some_labels = labels.where(torch.arange(64) < 20, -1)
         close(model(images, some_labels)[1], F.cross_entropy(logits[:20], labels[:20]))
         spread = -logits.log_softmax(dim=1).mean()
@@ -831,7 +845,7 @@ def test_gpt_initial_loss_ignored_targets_and_gradients():
         assert abs(model(ids, targets)[1] - math.log(20)) < 0.1
         some_targets = targets.where(torch.arange(16) < 8, -1)
         expected = F.cross_entropy(logits[:, :8].flatten(0, 1), targets[:, :8].flatten())
-        close(model(ids, some_targets)[1], expected)
+        close(model(ids, some_targets)[1], expected, hint="targets of -1 do not count in the mean")
         assert not unreached(model, lambda: model(ids, targets)[1])
         raises(AssertionError, "block_size=16", model, some_ids(1, 17))
     plain = tiny_gpt(cross_layers=ALL, norm="rms").state_dict()
@@ -859,7 +873,8 @@ def test_gpt_greedy_generation_with_cache_and_without_dropout_equals_full_passes
         model = lively_gpt(dropout=0.5, **options)
         prompt = some_ids(3, 4)
         expected = greedy(lambda ids: model(ids)[0], prompt, 12)
-        assert model.generate(prompt, 12, temperature=0).equal(expected)
+        written = model.generate(prompt, 12, temperature=0)
+        assert written.equal(expected), "is each token read once, at its own position?"
         assert not model.training
         model.train()
         twice = list(model.stream(prompt, 12, temperature=0, num_samples=2))
@@ -892,7 +907,7 @@ def test_sample_next_follows_temperature_and_top_k():
     best_two = torch.tensor([5, 0, 3, 0]) / 8
     close(frequencies(), p, 0.02)
     close(frequencies(temperature=0.5), p**2 / (p**2).sum(), 0.02)
-    close(frequencies(top_k=2), best_two, 0.02)
+    close(frequencies(top_k=2), best_two, 0.02, "others get -inf before the softmax")
     close(frequencies(top_p=0.7), best_two, 0.02)
     for options in ({"temperature": 0}, {"top_k": 3, "top_p": 0.51}):
         assert frequencies(**options)[0] == 1
@@ -902,7 +917,10 @@ def test_sample_next_follows_temperature_and_top_k():
 def test_sample_next_keeps_exactly_the_smallest_nucleus():
     nuclei = {0.49: "0", 0.51: "02", 0.79: "02", 0.81: "023", 0.96: "0123"}
     for top_p, ids in nuclei.items():
-        assert digits(frequencies(top_p=top_p).nonzero().T) == ids, top_p
+        found = digits(frequencies(top_p=top_p).nonzero().T)
+        assert found == ids, (
+            f"top_p={top_p} keeps {found}, not {ids}: the one that reaches it stays"
+        )
     rows = torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log()  # each has a nucleus of its own
     assert sample_next(rows.repeat(100, 1), top_p=0.7).tolist() == [0, 1] * 100
 
@@ -958,7 +976,8 @@ def test_pixel_shuffle_folds_neighbouring_patches():
     x = torch.arange(16.0).view(1, 16, 1)  # a grid of 4x4 patches
     squares = table("0 1 4 5; 2 3 6 7; 8 9 12 13; 10 11 14 15").float()
     mlp = layer.mlp
-    close(layer(x)[0], mlp.down(F.gelu(mlp.up(squares))))
+    expected = mlp.down(F.gelu(mlp.up(squares)))
+    close(layer(x)[0], expected, hint="four neighbours are channels of one token, row by row")
     assert layer.n_tokens(6) == 9
     raises(AssertionError, "even side, not 9 patches", layer, torch.zeros(1, 9, 1))
 
@@ -969,7 +988,8 @@ def test_prefix_puts_image_tokens_in_the_places_of_their_placeholders():
     a, b, c = tokens = torch.randn(3, 2, 24)
     ids = table("IMG IMG 5 6 IMG IMG 7 8; 5 IMG IMG 6 7 8 9 10")
     x, *_ = model.embed(tokens, ids)
-    close(x[0], torch.cat((a, words[5:7], b, words[7:9])))
+    expected = torch.cat((a, words[5:7], b, words[7:9]))
+    close(x[0], expected, hint="image tokens fill the placeholders in order")
     close(x[1], torch.cat((words[5:6], c, words[6:11])))
     close(model(tokens, ids)[0], model.gpt.head(model.gpt.hidden(x)))
     images = photos(2)
@@ -1107,7 +1127,9 @@ def test_a_wide_beam_search_finds_the_best_of_all_texts():
         for image, captions in zip(images, found.split(30)):
             scores = model.log_probs(image[None], prompt, texts, mask).sum(dim=1)
             best = (scores / mask.sum(dim=1) ** penalty).topk(30).indices
-            assert captions.equal(texts[best])
+            assert captions.equal(texts[best]), (
+                "an ended text keeps its score, and eos counts as one"
+            )
         embedded = model.embed(model.encode(image[None]), prompt)
         _, found = beam_search(model.gpt, embedded, 3, 200, 2, penalty)
         ordered = (scores / mask.sum(dim=1) ** penalty).sort(descending=True).values
@@ -1179,7 +1201,8 @@ def test_an_image_changes_the_logits_of_those_that_see_it_and_of_no_others():
             changed = tokens.clone()
             changed[image] += torch.randn(4, 24)
             by = (model(changed, ids)[0] - logits).abs().amax(dim=2)
-            assert (by > 1e-6).tolist() == [[image in group for group in row] for row in seen]
+            expected = [[image in group for group in row] for row in seen]
+            assert (by > 1e-6).tolist() == expected, "each sees the most recent adjacent images"
 
 
 def test_adjacent_images_learn_their_place_and_what_has_changed():
@@ -1214,7 +1237,7 @@ def test_encode_marks_answers_and_their_ends():
     ids, is_answer = mllm.encode(messages, tokenizer, 2)
     question = [IMAGE_ID, IMAGE_ID, *tokenizer.encode("what is it?")]
     assert ids == [*question, 1, *tokenizer.encode("a dog"), 2]
-    assert is_answer == [False] * 14 + [True] * 6
+    assert is_answer == [False] * 14 + [True] * 6, "bos is given, eos is to be written"
 
 
 def tiny_clip(vocab_size=20):
@@ -1227,7 +1250,7 @@ def test_clip_loss_by_hand():
     images, texts = F.normalize(torch.randn(2, 3, 4), dim=2)
     scores = (images @ texts.T / 0.07).exp()
     shares = scores.diag() ** 2 / (scores.sum(dim=0) * scores.sum(dim=1))
-    close(model.loss(images, texts), -shares.log().mean() / 2, 1e-4)
+    close(model.loss(images, texts), -shares.log().mean() / 2, 1e-4, "the mean of both directions")
     model.log_scale.data.fill_(99.0)  # the temperature is at least 0.01
     close(model.logits(images, texts), 100 * images @ texts.T, 1e-4)
 
@@ -1323,7 +1346,9 @@ def test_bleu_by_hand():
         (["a b", "c d"], [["a", "a x y"], ["c d"]], 0.75, 0.375**0.5),
         ([""], [["a"]], 0, 0),
     ):
-        assert np.allclose(bleu(candidates, references), [bleu1, bleu2, 0, 0])
+        found = bleu(candidates, references)
+        hint = f"{found[:2]}, not {[bleu1, bleu2]}, of {candidates} and {references}"
+        assert np.allclose(found, [bleu1, bleu2, 0, 0]), hint
     assert bleu(["a b c d e"], [["x", "a b c d e"]]) == [1.0] * 4
 
 
@@ -1343,7 +1368,9 @@ def test_cider_by_hand():
         ("a a", ["a"], 10 * penalty * 0.5 / 4),  # one of the two counts: min(2, 1) * 1 / (2 * 1)
     ):
         _, scores = cider([candidate, "x"], [references, ["y z"]])
-        assert np.isclose(scores[0], value)
+        assert np.isclose(scores[0], value), (
+            f"{candidate} and {references}: {scores[0]}, not {value}"
+        )
 
 
 def test_cider_weighs_by_document_frequency():
@@ -1413,7 +1440,8 @@ def test_advantages_of_both_baselines():
     rewards = table("2 4 12; 0 0 6") / 2
     greedy_rewards = torch.tensor([2.0, 1.0])
     close(scst.advantages(rewards, greedy_rewards), table("-1 0 4; -1 -1 2").float())
-    close(scst.advantages(rewards), table("-6 -3 9; -3 -3 6") / 2)
+    hint = "the baseline of a sample is the mean of the others, without itself"
+    close(scst.advantages(rewards), table("-6 -3 9; -3 -3 6") / 2, hint=hint)
 
 
 def test_scst_loss_reaches_the_end_token_and_nothing_after_it():
@@ -1421,7 +1449,8 @@ def test_scst_loss_reaches_the_end_token_and_nothing_after_it():
     assert mask.equal(table("1 1 0 0; 1 1 1 1") > 0)
     log_probs = torch.randn(2, 4)
     loss = scst.scst_loss(log_probs, torch.tensor([3.0, -6.0]))
-    close(loss, 6 * log_probs[1].sum() - 3 * log_probs[0].sum())
+    expected = 6 * log_probs[1].sum() - 3 * log_probs[0].sum()
+    close(loss, expected, hint="log p is to rise where the advantage is positive")
 
 
 def test_rollouts_hold_samples_their_rewards_and_no_graph():
@@ -1673,31 +1702,17 @@ def test_learning_rate_warms_up_and_cools_down():
     assert optim.lr_factor(99, 100, 0, 0.0) == 1.0
 
 
-def test_update_sums_over_processes_clips_and_steps():
-    lengths = []
-
-    def all_reduce(flat):
-        lengths.append(len(flat))
-        flat *= 2  # as if another process had computed the same
-
-    for several, gradient, grad_clip, move, total in (
-        (False, 3.0, 0.0, 1.5, 7.0),
-        (False, 0.4, 1.0, 0.2, 7.0),
-        (True, 3.0, 1.0, 0.5, 14.0),
-    ):
+def test_update_clips_and_steps():
+    for gradient, grad_clip, move in ((3.0, 0.0, 1.5), (0.4, 1.0, 0.2), (3.0, 1.0, 0.5)):
         used, unused, frozen = (nn.Parameter(torch.zeros(n)) for n in (1, 4, 9))
         frozen.requires_grad_(False)
         used.grad = torch.tensor([gradient])
         model = nn.ParameterList([used, unused, frozen])
         sgd = torch.optim.SGD([{"params": model.parameters(), "peak_lr": 2.0}], lr=1.0)
-        with (
-            mock.patch.object(torch.distributed, "is_initialized", lambda: several),
-            mock.patch.object(torch.distributed, "all_reduce", all_reduce),
-        ):
-            loss = optim.update(model, [sgd], torch.tensor(7.0), 0.25, grad_clip)
-        np.testing.assert_allclose((-used.item(), loss.item()), (move, total), rtol=1e-5)
+        loss = optim.update(model, [sgd], torch.tensor(7.0), 0.25, grad_clip)
+        assert loss == 7
+        assert abs(used.item() + move) < 1e-5
         assert used.grad is None
-    assert lengths == [1 + 1 + 4]  # the loss, and a gradient for every weight that trains
 
 
 def test_muon_is_that_of_torch():
@@ -1758,14 +1773,6 @@ def test_photos_are_cropped_and_mirrored():
     close(half, F.avg_pool2d(ramp, 2), 1e-3)
     cropped = data.augment_photos(ramp, plain, 0.25, 0.0, False)
     assert 20 <= cropped.min() and cropped[:, 0, 0, 0].max() > 40  # nothing black from beyond
-    maps = data.draw_parts(2000, 0.25)
-    width, height = maps[:, 0, 0], maps[:, 1, 1]
-    for values, low, high in (
-        (width * height, 0.25, 1),
-        (width / height, 0.75, 4 / 3),
-    ):
-        assert low - 1e-4 < values.min() < low + 0.1
-        assert high - 0.02 < values.max() < high + 1e-4
 
 
 def test_brightness_contrast_and_saturation_change_by_factors():
