@@ -62,7 +62,6 @@ from config.tools import (
     data,
     metrics,
     optim,
-    pictures,
     pretrained,
     questions,
     run,
@@ -592,15 +591,6 @@ def test_decoder_has_cross_attention_in_chosen_blocks_behind_gates():
     assert not torch.allclose(block.train()(x, memory), expected)
 
 
-def test_decoder_output_does_not_depend_on_later_or_masked_positions():
-    decoder = shake(TransformerDecoder(2, 16, 2))
-    x = torch.randn(1, 8, 16)
-    changed = x.index_fill(1, torch.tensor(3), 0.5)
-    assert differences(decoder(x), decoder(changed)) == "00011111"
-    mask = torch.arange(8) != 3
-    assert differences(decoder(x, mask=mask), decoder(changed, mask=mask)) == "00010000"
-
-
 def test_initial_weights_keep_the_size_of_activations_and_blocks_add_nothing():
     gpt = tiny_gpt(vocab_size=500, n_embd=64, n_layer=8, positions="learned", bias=True)
     vit = tiny_vit(image_size=16, n_embd=64, n_head=8)
@@ -1016,16 +1006,6 @@ def test_mllm_refuses_what_does_not_fit():
         raises(AssertionError, "patch_dropout needs fusion=cross", MLLM, wrong)
 
 
-def test_mllm_text_sees_the_image_before_it_and_nothing_sees_later_text():
-    model = shake(tiny_mllm())
-    image, other_image = photos(2).split(1)
-    ids = EXAMPLE[:1]
-    logits, _ = model(image, ids)
-    for new_image, new_ids, n in ((other_image, ids, 2), (image, ids + (ids == 7), 6)):
-        by = moved(model(new_image, new_ids)[0], logits)
-        assert by[:n].max() == 0 and by[n:].min() > 1e-4
-
-
 def test_mllm_loss_is_the_cross_entropy_of_the_targets():
     model = shake(tiny_mllm(n_experts=2))
     images = photos(2)
@@ -1040,14 +1020,6 @@ def test_mllm_loss_is_the_cross_entropy_of_the_targets():
     close(smoothed, 0.9 * loss + 0.1 * spread)
     _, in_training = model.train()(tokens, EXAMPLE, TARGETS)
     close(in_training, loss + balance_loss(model))
-
-
-def test_samples_of_a_row_see_its_images_and_themselves():
-    segments = table("0 0 1 1 1 2 2 -1; 0 1 2 2 -1 -1 -1 -1")
-    mask, positions = separate_samples(segments)
-    assert positions.equal(table("0 1 2 3 4 2 3 0; 0 1 1 2 0 0 0 0"))
-    row = segments[0].tolist()
-    assert mask[0, 0].tolist() == [[other in (0, own) for other in row] for own in row]
 
 
 def test_log_probs_are_those_of_a_pass_over_each_prompt_with_its_answer():
