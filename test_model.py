@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -39,6 +40,7 @@ import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -111,7 +113,6 @@ from model import (
     padding_mask,
     sample_next,
     scaled_dot_product_attention,
-    separate_samples,
     tokenizer_from_state,
 )
 
@@ -3474,6 +3475,10 @@ def cut_out(path, function):
 
 def blank(file, function):
     """Take the body of a function out of the copy of the code, unless somebody has changed it."""
+    if not FOLDER.exists():
+        shutil.copytree(SOLUTIONS / "config", FOLDER / "config")
+        for path in SOLUTIONS.glob("*.py"):
+            shutil.copy(path, FOLDER)
     path = FOLDER / file
     before, body, after = cut_out(path, function)
     _, solution, _ = cut_out(SOLUTIONS / file, function)
@@ -3483,37 +3488,26 @@ def blank(file, function):
     print(f"{path}: {function} is {'yours to write' if body == solution else 'yours already'}")
 
 
+def show(file, function):
+    """Print the body of a function."""
+    _, solution, _ = cut_out(SOLUTIONS / file, function)
+    print(f"{file}: {function}\n{solution}")
+
+
 @run.one_line_errors
 def practise(argument):
     """Do what --exercise, --exercise=NAME,... or --solution=NAME,... asks."""
     option, _, value = argument.partition("=")
+    act = {"--exercise": blank, "--solution": show}.get(option)
     exercises = read_exercises()
-    if not value:
+    if not act or not value:
         print(EXERCISES)
         return
-    names = list(exercises) if value == "all" else value.split(",")
-    for name in names:
+    for name in exercises if value == "all" else value.split(","):
         assert name in exercises, f"{name}: no such exercise; --exercise lists all"
-    if not FOLDER.exists():
-        shutil.copytree(SOLUTIONS / "config", FOLDER / "config")
-        for file in SOLUTIONS.glob("*.py"):
-            shutil.copy(file, FOLDER)
-    for name in names:
         places, _ = exercises[name]
         for place in places:
-            if option == "--exercise":
-                blank(*place)
-            else:
-                file, function = place
-                _, solution, _ = cut_out(SOLUTIONS / file, function)
-                print(f"{file}: {function}\n{solution}")
-
-
-def find(names, function):
-    """Return a function, such as Class.method, of a module, without its decorators."""
-    for name in function.split("."):
-        names = names[name] if isinstance(names, dict) else getattr(names, name)
-    return inspect.unwrap(names)
+            act(*place)
 
 
 def test_every_exercise_fails_while_blank_and_passes_in_order():
@@ -3521,15 +3515,17 @@ def test_every_exercise_fails_while_blank_and_passes_in_order():
         practise("--exercise=all")
         modules = {}  # the blank ones
         for file in {file for places, _ in read_exercises().values() for file, _ in places}:
-            modules[file] = {"__name__": "blank"}
-            exec((FOLDER / file).read_text(), modules[file])
+            names = {"__name__": "blank"}
+            exec((FOLDER / file).read_text(), names)
+            modules[file] = SimpleNamespace(**names)
     solutions = {}
     for places, _ in read_exercises().values():
         for file, function in places:
-            original = find(sys.modules[file[:-3].replace("/", ".")], function)
+            find = operator.attrgetter(function)
+            original = inspect.unwrap(find(sys.modules[file[:-3].replace("/", ".")]))
             solutions[function] = original, original.__code__
-            original.__code__ = find(modules[file], function).__code__
-    for name, (places, tests) in read_exercises().items():
+            original.__code__ = inspect.unwrap(find(modules[file])).__code__
+    for places, tests in read_exercises().values():
         for test in tests:
             raises(NotImplementedError, "", globals()[test])
         for _, function in places:
