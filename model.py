@@ -312,6 +312,9 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, memory=None, mask=None, causal=False, cache=None, positions=None):
         """Attend from x (B, Tq, C) to itself or to memory (B, Tk, C). Returns (B, Tq, C).
 
+        Project, rotate queries and keys if there is a rotary embedding, append keys and values to
+        the cache if there is one, attend in each head, join the heads, and project.
+
         mask: boolean, True = may attend. causal: queries see keys up to their own position. cache:
         a KVCache; in self-attention x continues what it holds, in cross-attention it keeps the keys
         and values of the memory. positions: (Tq,) or (B, Tq) rotary positions; by default those
@@ -331,7 +334,8 @@ class MultiHeadAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, n_head, Tq, head_dim) -> (B, Tq, C)
 
     def project(self, x, memory, start):
-        """Return queries of x, and keys and values of x or of the memory from position start on."""
+        """Return queries of x, and keys and values of x, or of the memory from position start on:
+        those before it are in the cache."""
         if memory is None:
             q, k, v = self.qkv(x).chunk(3, -1)
         else:
@@ -345,7 +349,7 @@ class MultiHeadAttention(nn.Module):
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def split_heads(self, x):
-        # (B, T, C) -> (B, n_head, T, head_dim)
+        """(B, T, C) -> (B, n_head, T, head_dim): each head has head_dim neighbouring channels."""
         return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)
 
     def attend(self, q, k, v, mask, causal):
@@ -1098,10 +1102,11 @@ class MLLM(nn.Module):
 
     def embed_cross(self, x, tokens, is_image):
         """Put the marker in the places of the placeholders, and all image tokens of a row into its
-        memory.
+        memory. Return x (B, T, C), the memory (B, K * N, C) with K images in the row that has the
+        most, and its mask (B, 1, T, K * N), None if all may be seen.
 
-        Each token attends to the most recent group of adjacent images. For example, with images a,
-        b and c:
+        Rows with fewer images are padded with zeros, which are not seen. Each token attends to the
+        most recent group of adjacent images. For example, with images a, b and c:
 
             ids      IMG IMG the dog IMG a   cat .
             sees     a   ab  ab  ab  c   c   c   c
@@ -1192,8 +1197,9 @@ class MLLM(nn.Module):
 
 
 def group_images(is_image):
-    """Return for each position of (B, T) placeholders how many there are up to here, and the index
-    of the first one of the most recent group of adjacent placeholders; both (B, T)."""
+    """Return for each position of (B, T) placeholders how many there are up to here, this one
+    included, and the number of the first one of the most recent group of adjacent placeholders,
+    counted from 0 in the row (0 before any); both (B, T). See MLLM.embed_cross() for an example."""
     n_so_far = is_image.cumsum(dim=1)
     begins_group = is_image & ~F.pad(is_image, (1, -1))
     first = torch.where(begins_group, n_so_far - 1, 0).cummax(dim=1).values

@@ -112,8 +112,9 @@ class CiderD:
         self.references = [list(map(self.vectors, refs)) for refs in references]
 
     def vectors(self, words):
-        """Return the tf-idf vectors {n-gram: count * idf} with their norms, n = 1 to 4, and the
-        number of words."""
+        """Return a list of the tf-idf vectors {n-gram: count * idf}, each with its norm (1 if it is
+        0), n = 1 to 4; and the number of words. An n-gram that no reference contains has max_idf.
+        """
         vectors = []
         for n in range(1, 5):
             vector = count_ngrams(words, n)
@@ -125,8 +126,10 @@ class CiderD:
     def score(self, words, references):
         """Return 10 times the similarity of a caption to its references, averaged over them and n.
 
-        The similarity is the cosine of the tf-idf vectors, the caption's clipped to the
-        reference's, times a Gaussian penalty on the difference in length (section 5 of the paper).
+        The similarity is the product of the tf-idf vectors, the caption's clipped to the
+        reference's, over both norms, which are those before clipping; times exp(-d**2 / (2
+        sigma**2)), d being the difference in length. This is CIDEr-D, which the paper has near its
+        end.
         references: a list of results of vectors().
         """
         vectors, length = self.vectors(words)
