@@ -11,7 +11,7 @@ from matplotlib import font_manager
 
 plt.switch_backend("Agg")  # draws into files and needs no screen
 LABELS = {
-    "loss": "loss of a batch",
+    "loss": "training loss",
     "val": "validation loss",
     "val_accuracy": "validation accuracy (%)",
     "val_recall": "validation recall at 10 (%)",

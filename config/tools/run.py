@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -168,7 +169,7 @@ def my_share(batch):
 
 def sum_over_processes(value, device):
     """Return the sum of a number over all processes."""
-    total = torch.tensor(float(value), device=device)
+    total = torch.tensor(value, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
@@ -288,10 +289,12 @@ def start(stage, settings):
 
 
 def show_step(out_dir, step, max_steps, **curves):
-    """Log and show the last values of curves, lists of numbers or scalar tensors, one of them named
-    loss, about 100 times in a run; reading them at every step would make a GPU wait."""
-    if step % (max_steps // 100 + 1) == 0 and is_main():
-        row = {name: float(values[-1]) for name, values in curves.items()}
+    """Log and show the means of curves over the last steps, about 100 times in a run; reading them
+    at every step would make a GPU wait. curves: lists of numbers or scalar tensors, one value a
+    step; loss=... is shown."""
+    n = max_steps // 100 + 1
+    if step % n == 0 and is_main():
+        row = {name: fmean(map(float, values[-n:])) for name, values in curves.items()}
         log(out_dir, {"step": step} | row)
         show_progress(f"step {step}/{max_steps} | loss {row['loss']:.3f}")
 
