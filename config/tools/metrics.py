@@ -128,8 +128,8 @@ class CiderD:
 
         The similarity is the product of the tf-idf vectors, the caption's clipped to the
         reference's, over both norms, which are those before clipping; times exp(-d**2 / (2
-        sigma**2)), d being the difference in length. This is CIDEr-D, which the paper has near its
-        end.
+        sigma**2)), where d is the difference in length. This is CIDEr-D, the variant that the paper
+        proposes for evaluation servers.
         references: a list of results of vectors().
         """
         vectors, length = self.vectors(words)

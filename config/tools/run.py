@@ -262,7 +262,7 @@ def load(path, *stages):
 def recipe_of(out_dir):
     """Return the recipe with this out_dir, after a space, or "" if there is none."""
     for recipe in Path("config").glob("[!_]*.py"):
-        if str(out_dir) in read_settings(recipe).get("out_dir", ()):
+        if str(out_dir) in read_settings(recipe).get("out_dir", ()):  # (value, comment)
             return f" {recipe}"
     return ""
 
