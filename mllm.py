@@ -160,11 +160,12 @@ def load_samples(dataset, image_size, n_drawn, max_tiles):
 
 
 def encode(messages, tokenizer, n_placeholders):
-    """Return the ids of a conversation, and for each id whether it is part of an answer, which is
-    what the loss is on:
+    """Return two lists: the ids of a conversation, and for each id whether it is part of an answer,
+    which is what the loss is on. messages: dicts with "role" and "content". For example, with two
+    placeholders per image:
 
-        user       <image>what is it?      IMG IMG w h a t ...      False False False ...
-        assistant  a dog                   bos a dog eos            False True  True  True
+        user       <image>what?      IMG IMG what ?     False False False False
+        assistant  a dog             bos a dog eos      False True  True  True
     """
     ids, is_answer = [], []
     for message in messages:

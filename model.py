@@ -1129,8 +1129,9 @@ class MLLM(nn.Module):
     def forward(self, images, ids, targets=None, label_smoothing=0.0, segments=None):
         """(B, T) ids -> (B, T, vocab_size) logits, None.
 
-        With targets (B, T), -1 = ignored: None, loss. The output layer then runs only where there
-        is a target.
+        With targets (B, T), -1 = ignored: None, loss, which includes balance_loss(). The output
+        layer then runs only where there is a target. segments (B, T): separate_samples() makes a
+        mask and positions of them; None: each row is one sample.
         """
         x, memory, memory_mask = self.embed(self.tokens_of(images), ids)
         mask = positions = None

@@ -132,8 +132,8 @@ def advantages(rewards, greedy_rewards=None):
 
 
 def scst_loss(log_probs, advantage):
-    """Return minus the sum of advantage (n,) times log p over the sampled tokens. log_probs: (n,
-    T), 0 after the end."""
+    """Return the policy gradient loss: minus the sum, over all samples and tokens, of a sample's
+    advantage (n,) times the token's log-probability (n, T), which is 0 after the end."""
     return -(advantage[:, None] * log_probs).sum()
 
 

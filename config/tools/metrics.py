@@ -112,8 +112,8 @@ class CiderD:
         self.references = [list(map(self.vectors, refs)) for refs in references]
 
     def vectors(self, words):
-        """Return a list of the tf-idf vectors {n-gram: count * idf}, each with its norm (1 if it is
-        0), n = 1 to 4; and the number of words. An n-gram that no reference contains has max_idf.
+        """Return [(vector, norm), ...] for n = 1 to 4, and the number of words. A vector is
+        {n-gram: count * idf}, max_idf if no reference contains it; a norm of 0 is replaced by 1.
         """
         vectors = []
         for n in range(1, 5):
